@@ -1,0 +1,154 @@
+"""What an attack is: `applies(view)` and `run(view, generator, monitor)`.
+
+An attack sees a `View` and nothing else; it never learns the truth.  One `run`
+is one attempt from one random start.  Restarts, time budgets, film strips and
+keep-best live in the `Monitor` and in `leakaudit.audit`, the same for all.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from leakaudit.threat import View
+
+Stop = Literal["converged", "finished", "plateau", "diverged", "budget", "interrupted"]
+OnStep = Callable[[int, int, float], None]
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What one attempt found.
+
+    Attributes:
+        x: (N, C, H, W) model inputs, the best by the attack's own matching loss.
+        y: (N,) integer labels or (N, K) probabilities used with x.
+        loss: the attack's matching loss at x (its own unit; compare attacks by `View.residual`).
+        iterations: steps taken.
+        stopped: why it ended.
+        history: (iteration, loss), thinned.
+        strip: (iteration, loss, x) film strip from the start to the end.
+        details: what the attack learnt besides (rank, condition, ...), plain values only.
+    """
+
+    x: Tensor
+    y: Tensor
+    loss: float
+    iterations: int
+    stopped: Stop
+    history: list[tuple[int, float]] = field(default_factory=list)
+    strip: list[tuple[int, float, Tensor]] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+class Attack(Protocol):
+    """One family a file; a preset is an instance with its citation above it."""
+
+    @property
+    def restarts(self) -> int:
+        """Random starts to make; the best by residual is kept."""
+
+    def applies(self, view: View) -> str | None:
+        """None when the attack can run on this view, else the reason it cannot."""
+
+    def run(self, view: View, generator: torch.Generator, monitor: Monitor) -> Reconstruction:
+        """One attempt from one start drawn from `generator`."""
+
+
+class Monitor:
+    """Watches one attempt: keeps the best candidate, the loss curve and the film strip, and says when to stop.
+
+    Args:
+        total: iterations planned, for progress.
+        on_step: called with (iteration, total, loss).
+        deadline: value of `time.monotonic()` after which to stop; None for no limit.
+        frames: film strip length at most, spaced by powers of a constant ratio.
+        patience: stop after this share of `total` without a relative improvement of `min_gain`; None never.
+    """
+
+    def __init__(
+        self,
+        on_step: OnStep | None = None,
+        deadline: float | None = None,
+        frames: int = 12,
+        history: int = 400,
+    ) -> None:
+        self.best_x: Tensor | None = None
+        self.best_y: Tensor | None = None
+        self.best_loss = math.inf
+        self.iteration = 0
+        self.stopped: Stop = "finished"
+        self.history: list[tuple[int, float]] = []
+        self.strip: list[tuple[int, float, Tensor]] = []
+        self._on_step = on_step
+        self._deadline = deadline
+        self._frames = frames
+        self._history = history
+        self._last_gain = 0
+        self._gain_loss = math.inf
+
+    def start(
+        self, total: int, patience: int | None = None, target: float = 0.0, min_gain: float = 1e-3
+    ) -> None:
+        """Begin an optimisation of `total` iterations.
+
+        It counts as converged at a loss of `target`, as a plateau after `patience`
+        iterations in which the best loss fell by less than the share `min_gain`.
+        """
+        self._total, self._patience, self._target, self._min_gain = total, patience, target, min_gain
+        steps = {round(total ** (i / max(self._frames - 2, 1))) for i in range(self._frames - 1)}
+        self._frame_steps = {0, total} | {step for step in steps if 0 < step < total}
+        self._first = self.iteration
+        self._last_gain, self._gain_loss = self.iteration, math.inf
+
+    def step(self, loss: float, x: Tensor, y: Tensor) -> bool:
+        """Record the candidate *at which* `loss` was measured; True when the attempt should stop."""
+        local = self.iteration - self._first
+        if not math.isfinite(loss):
+            self.stopped = "diverged"
+            return True
+        if loss < self.best_loss:
+            self.best_loss, self.best_x, self.best_y = loss, x.detach().clone(), y.detach().clone()
+        if loss < self._gain_loss * (1 - self._min_gain):
+            self._gain_loss, self._last_gain = loss, self.iteration
+        if local in self._frame_steps:
+            self.strip.append((self.iteration, loss, x.detach().cpu().clone()))
+        if local % max(1, self._total // self._history) == 0:
+            self.history.append((self.iteration, loss))
+        if self._on_step is not None:
+            self._on_step(local, self._total, loss)
+        self.iteration += 1
+        if loss <= self._target:
+            self.stopped = "converged"
+        elif self._patience is not None and self.iteration - self._last_gain > self._patience:
+            self.stopped = "plateau"
+        elif self._deadline is not None and time.monotonic() > self._deadline:
+            self.stopped = "budget"
+        else:
+            return False
+        return True
+
+    def result(self, stopped: Stop | None = None, details: dict[str, Any] | None = None) -> Reconstruction:
+        """The best candidate seen; `RuntimeError` when every loss was NaN or infinite."""
+        if self.best_x is None or self.best_y is None:
+            raise RuntimeError("the matching loss was never finite")
+        strip = [*self.strip]
+        if not strip or strip[-1][1] > self.best_loss:
+            strip.append((self.iteration, self.best_loss, self.best_x.cpu()))
+        history = [*self.history]
+        return Reconstruction(
+            x=self.best_x,
+            y=self.best_y,
+            loss=self.best_loss,
+            iterations=self.iteration,
+            stopped=stopped or self.stopped,
+            history=history,
+            strip=strip,
+            details=details or {},
+        )

@@ -1,0 +1,1 @@
+"""Defenses: one family a file, each a decorator of the client update."""

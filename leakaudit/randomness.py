@@ -1,0 +1,13 @@
+"""One integer seed, forked by name: same seed and name, same stream of numbers."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+
+def fork(seed: int, name: str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator on `device` for the purpose called `name`, independent of every other name."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator(device=device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -1,0 +1,1 @@
+"""Results -> terminal table, HTML page, pictures.  No torch here."""

@@ -1,0 +1,236 @@
+"""`AuditResult`: everything an audit found, as plain values with a versioned JSON form.
+
+No torch here.  Pictures live beside the JSON as PNG files and are named by paths
+relative to the run folder; tensors live in `reconstruction.safetensors`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from leakaudit.errors import EXIT_INCONCLUSIVE, EXIT_LEAKAGE, EXIT_WITHIN_POLICY
+
+SCHEMA_VERSION = 1
+
+VerdictStatus = Literal["leaks", "not-recovered", "inconclusive"]
+EXIT_CODES: dict[VerdictStatus, int] = {
+    "leaks": EXIT_LEAKAGE,
+    "not-recovered": EXIT_WITHIN_POLICY,
+    "inconclusive": EXIT_INCONCLUSIVE,
+}
+
+
+class Value(BaseModel):
+    """Base of all results: immutable, unknown keys refused, NaN and infinity kept in JSON."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+
+
+class KnowledgeRow(Value):
+    """One fact the adversary had; `text` is ready to print."""
+
+    name: str
+    status: Literal["known", "inferred", "unknown"]
+    text: str
+    source: str = ""
+    upper_bound: bool = False
+
+
+class Finding(Value):
+    """Something the file gives away by itself, without optimisation.
+
+    `severity`: "leak" reveals private data, "hint" narrows it down, "info" is context,
+    "warning" bears on whether the audit can be trusted.
+    """
+
+    name: str
+    severity: Literal["leak", "hint", "info", "warning"]
+    text: str
+    data: dict[str, Any] = Field(default_factory=dict)
+
+
+class Score(Value):
+    """One metric, averaged over the batch; `value` is None when not measured, with the reason."""
+
+    metric: str
+    value: float | None
+    unit: str = ""
+    higher_is_better: bool = True
+    chance: float | None = None
+    reason: str = ""
+
+
+class ExampleScores(Value):
+    """One private example and the reconstruction matched to it."""
+
+    index: int
+    matched: int
+    true_label: str | None = None
+    recovered_label: str | None = None
+    scores: dict[str, float | None] = Field(default_factory=dict)
+    original: str | None = None
+    reconstruction: str | None = None
+    difference: str | None = None
+
+
+class Frame(Value):
+    """One picture of the film strip: the whole batch at one iteration."""
+
+    iteration: int
+    loss: float
+    image: str
+
+
+class Verification(Value):
+    """What re-simulation proves without the truth.
+
+    `status`:
+      verified: the residual is at its floor and the Jacobian has full rank; every
+        nearby solution lies within `distance` (RMS per pixel, units of [0, 1]).
+      consistent: the residual is at its floor, but the Jacobian is rank deficient or
+        was not computed: other inputs may share this update.
+      not-matched: the residual is above its floor.
+    """
+
+    status: Literal["verified", "consistent", "not-matched"]
+    text: str
+    residual: float
+    floor: float
+    distance: float | None = None
+    smallest_singular_value: float | None = None
+    largest_singular_value: float | None = None
+    rank: int | None = None
+    unknowns: int | None = None
+    equations: int | None = None
+    reason: str = ""
+
+
+class Attempt(Value):
+    """One restart."""
+
+    restart: int
+    loss: float
+    residual: float
+    iterations: int
+    seconds: float
+    stopped: str
+    success: bool | None = None
+    history: list[tuple[int, float]] = Field(default_factory=list)
+
+
+class SuccessRate(Value):
+    """Share of restarts that succeeded, with its 95 % Wilson interval."""
+
+    successes: int
+    restarts: int
+    low: float
+    high: float
+    criterion: str
+
+
+class Trial(Value):
+    """One attack, all its restarts, and the best of them by residual."""
+
+    attack: str
+    spec: str
+    status: Literal["done", "interrupted", "failed"]
+    reason: str = ""
+    best: int | None = None
+    residual: float | None = None
+    seconds: float = 0.0
+    attempts: list[Attempt] = Field(default_factory=list)
+    success: SuccessRate | None = None
+    label_source: str = ""
+    scores: list[Score] = Field(default_factory=list)
+    examples: list[ExampleScores] = Field(default_factory=list)
+    verification: Verification | None = None
+    strip: list[Frame] = Field(default_factory=list)
+    details: dict[str, Any] = Field(default_factory=dict)
+
+
+class Skipped(Value):
+    """An attack that did not run, and why."""
+
+    attack: str
+    reason: str
+
+
+class Control(Value):
+    """`positive`: the same attack on an undefended one-example update must succeed.
+    `floor`: what unrelated images score against the truth.  `passed` is None when it did not run."""
+
+    name: Literal["positive", "floor"]
+    passed: bool | None
+    text: str
+    scores: list[Score] = Field(default_factory=list)
+
+
+class Verdict(Value):
+    status: VerdictStatus
+    headline: str
+    reasons: list[str] = Field(default_factory=list)
+    policy: str = ""
+
+    @property
+    def exit_code(self) -> int:
+        return EXIT_CODES[self.status]
+
+
+class ModelSummary(Value):
+    name: str
+    parameters: int
+    num_classes: int
+    input_shape: list[int]
+    mode: str
+    checkpoint: str | None = None
+
+
+class RoundSummary(Value):
+    num_examples: int
+    local_steps: int
+    local_batch_size: int
+    learning_rate: float | None = None
+
+
+class AuditResult(Value):
+    """The whole audit.  `best` is the index in `trials` of the one with the smallest residual."""
+
+    schema_version: Literal[1] = 1
+    created: str
+    command: str
+    seed: int
+    model: ModelSummary
+    round: RoundSummary
+    setting: Literal["realistic", "upper bound"]
+    knowledge: list[KnowledgeRow]
+    findings: list[Finding]
+    trials: list[Trial]
+    skipped: list[Skipped]
+    controls: list[Control]
+    best: int | None
+    verdict: Verdict
+    truth_known: bool
+    seconds: float
+    environment: dict[str, str]
+    files: dict[str, str] = Field(default_factory=dict)
+    interrupted: bool = False
+    redacted: bool = False
+    title: str = "Gradient-inversion audit"
+
+    @property
+    def exit_code(self) -> int:
+        return self.verdict.exit_code
+
+    @property
+    def best_trial(self) -> Trial | None:
+        return None if self.best is None else self.trials[self.best]
+
+    def to_json(self) -> str:
+        return self.model_dump_json(indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> AuditResult:
+        """Raises `pydantic.ValidationError` for another schema."""
+        return cls.model_validate_json(text)

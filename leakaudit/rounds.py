@@ -1,0 +1,114 @@
+"""One round as a pure, differentiable function of the clients' private batches.
+
+    observed = sum_k  a_k * client_update(params, batch_k)
+
+Run forwards it captures what the server sees; run backwards it is the attack.
+Sources: McMahan et al. 2017, algorithm 1 (FederatedSGD, FederatedAveraging);
+unrolled local steps as in Geiping et al. 2020, section 6, and Dimitrov et al. 2022.
+Deviation: a client passes over its examples in the order given, without
+shuffling, so step s sees examples s*B .. (s+1)*B - 1 modulo their number.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, grad
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from leakaudit.models.victim import Params, Victim
+from leakaudit.update import Update
+
+ClientUpdate = Callable[[Victim, Params, "Round", Tensor, Tensor], Update]
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one client does between download and upload.
+
+    Attributes:
+        num_examples: private examples of the client, N.
+        local_steps: SGD steps; 1 with a full batch is FedSGD.
+        local_batch_size: examples a step, B; None for all N.
+        learning_rate: of the local SGD (no momentum), > 0.  It scales nothing in
+            one step, because updates are pseudo-gradients.
+    """
+
+    num_examples: int
+    local_steps: int = 1
+    local_batch_size: int | None = None
+    learning_rate: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.num_examples < 1:
+            raise ValueError(f"num_examples must be at least 1, got {self.num_examples}")
+        if self.local_steps < 1:
+            raise ValueError(f"local_steps must be at least 1, got {self.local_steps}")
+        if self.local_batch_size is not None and not 1 <= self.local_batch_size <= self.num_examples:
+            raise ValueError(
+                f"local_batch_size must be between 1 and {self.num_examples}, got {self.local_batch_size}"
+            )
+        if not 0 < self.learning_rate < float("inf"):
+            raise ValueError(f"learning_rate must be positive and finite, got {self.learning_rate}")
+
+    @property
+    def batch_size(self) -> int:
+        return self.local_batch_size or self.num_examples
+
+    def batch(self, step: int) -> list[int]:
+        """Indices of the examples that local step `step` uses; the last batch of a pass may be short."""
+        batches = -(-self.num_examples // self.batch_size)
+        start = (step % batches) * self.batch_size
+        return list(range(start, min(start + self.batch_size, self.num_examples)))
+
+
+def local_steps(
+    victim: Victim, params: Params, round: Round, x: Tensor, y: Tensor
+) -> Iterator[tuple[Params, Tensor, Params]]:
+    """(parameters before the step, the step's examples, its gradient) for every local step."""
+    gradient = grad(victim.loss)
+    current: Params = dict(params)
+    for step in range(round.local_steps):
+        rows = round.batch(step)
+        examples = x[rows[0] : rows[-1] + 1]
+        step_gradient = gradient(current, examples, y[rows[0] : rows[-1] + 1])
+        yield current, examples, step_gradient
+        current = {name: current[name] - round.learning_rate * g for name, g in step_gradient.items()}
+
+
+def client_update(victim: Victim, params: Params, round: Round, x: Tensor, y: Tensor) -> Update:
+    """The pseudo-gradient of one client: (before - after) / learning_rate over its local SGD steps.
+
+    Args:
+        params: the model the client downloaded; every entry is trained.
+        x: model inputs (N, C, H, W); y: (N,) integers or (N, K) probabilities.
+
+    Differentiable in x and in floating point y, and usable under `torch.func` transforms.
+    The sum of the local gradients equals (before - after) / learning_rate exactly,
+    without the cancellation of a subtraction.
+    """
+    total: Update | None = None
+    for _, _, gradient in local_steps(victim, params, round, x, y):
+        total = Update(gradient) if total is None else total + Update(gradient)
+    assert total is not None  # a round has at least one step
+    return total
+
+
+def trained_buffers(victim: Victim, round: Round, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """All buffers (running means and variances, `num_batches_tracked`) as a train-mode client shares them."""
+    tracking = copy.deepcopy(victim.module).train()
+    for module in tracking.modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is not None:
+            module.track_running_stats = True
+        if isinstance(module, _DropoutNd):
+            module.eval()
+    buffers = {name: tensor.clone() for name, tensor in victim.buffers.items()}
+    for params, examples, _ in local_steps(victim, victim.params, round, x, y):
+        with torch.no_grad():
+            functional_call(tracking, (dict(params), buffers), (examples,))
+    return buffers

@@ -1,0 +1,146 @@
+"""What the adversary knows and sees.
+
+This is the only place that decides it.  `Knowledge` lists every assumption as a
+`Fact`; `View` is all an attack gets.  The truth is in neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from leakaudit.models.victim import Victim
+from leakaudit.rounds import ClientUpdate, Round, client_update
+from leakaudit.update import Update
+
+Status = Literal["known", "inferred", "unknown"]
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One thing the adversary may know: its value, how, and from where.
+
+    `upper_bound` marks knowledge a real adversary would not usually have.
+    """
+
+    value: Any = None
+    status: Status = "unknown"
+    source: str = ""
+    upper_bound: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.status == "unknown") != (self.value is None):
+            raise ValueError(
+                f"a fact is unknown exactly when it has no value, got {self.status}: {self.value}"
+            )
+
+
+def known(value: Any, source: str, *, upper_bound: bool = False) -> Fact:
+    return Fact(value, "known", source, upper_bound)
+
+
+def inferred(value: Any, source: str) -> Fact:
+    return Fact(value, "inferred", source)
+
+
+UNKNOWN = Fact()
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """The adversary's knowledge, field by field.
+
+    Attributes:
+        labels: (N,) integer tensor, in no particular order.
+        batch_size: examples behind the update, int.
+        local_steps: int.
+        local_batch_size: examples a local step, int.
+        learning_rate: of the local steps, float; unknown means the update has no scale.
+        mode: "train" or "eval".
+        loss: "cross-entropy/mean" and the like.
+        normalisation: (mean, std) a channel.
+        statistics: BatchNorm statistics of the private batch: a dict of module name ->
+            (mean, variance), each (C,); from leaked buffers.
+        defense: tuple of defense specs applied before sharing; () is none.
+        noise_std: standard deviation per number of noise added, in units of the update.
+        scale: whether the update's length is meaningful, bool.
+    """
+
+    labels: Fact = UNKNOWN
+    batch_size: Fact = UNKNOWN
+    local_steps: Fact = UNKNOWN
+    local_batch_size: Fact = UNKNOWN
+    learning_rate: Fact = UNKNOWN
+    mode: Fact = UNKNOWN
+    loss: Fact = UNKNOWN
+    normalisation: Fact = UNKNOWN
+    statistics: Fact = UNKNOWN
+    defense: Fact = UNKNOWN
+    noise_std: Fact = UNKNOWN
+    scale: Fact = UNKNOWN
+
+    def __iter__(self) -> Iterator[tuple[str, Fact]]:
+        for item in fields(self):
+            yield item.name, getattr(self, item.name)
+
+    @property
+    def setting(self) -> Literal["realistic", "upper bound"]:
+        """ "upper bound" as soon as one fact is more than a real adversary would usually have."""
+        return "upper bound" if any(fact.upper_bound for _, fact in self) else "realistic"
+
+
+@dataclass(frozen=True)
+class View:
+    """All that an attack sees.
+
+    Attributes:
+        victim: the model as the client downloaded it.
+        round: the adversary's belief of what the client did.
+        observed: the shared update, restricted to parameters of the victim.
+        knowledge: what is known besides.
+        client: how the adversary simulates a client; a defense it knows is simulated too.
+    """
+
+    victim: Victim
+    round: Round
+    observed: Update
+    knowledge: Knowledge = field(default_factory=Knowledge)
+    client: ClientUpdate = client_update
+
+    def simulate(self, x: Tensor, y: Tensor) -> Update:
+        """The update a client holding (x, y) would share, differentiable in x and y."""
+        update = self.client(self.victim, self.victim.params, self.round, x, y)
+        return update.select(self.observed)
+
+    @property
+    def scale_free(self) -> bool:
+        """True when only the update's direction means anything."""
+        return self.knowledge.scale.value is False
+
+    @property
+    def unknowns(self) -> int:
+        """Numbers to find: all pixels of all examples."""
+        return self.round.num_examples * self.victim.space.unknowns
+
+    def residual(self, x: Tensor, y: Tensor) -> float:
+        """The common yardstick of all attacks, >= 0: |g(x) - g*| / |g*|.
+
+        For a scale-free view the simulated update is first scaled to fit best, which
+        gives sqrt(1 - cos^2), or 1 when the cosine is not positive.
+        """
+        simulated = self.simulate(x, y).detach()
+        length = self.observed.norm()
+        if self.scale_free:
+            cosine = float(simulated.dot(self.observed) / (simulated.norm() * length))
+            return 1.0 if not cosine > 0 else max(0.0, 1 - cosine**2) ** 0.5
+        return float((simulated - self.observed).norm() / length)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> View:
+        """The same view on another device or in another precision."""
+        return replace(
+            self, victim=self.victim.to(device, dtype), observed=self.observed.to(device=device, dtype=dtype)
+        )
