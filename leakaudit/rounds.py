@@ -67,16 +67,33 @@ class Round:
         return list(range(start, min(start + self.batch_size, self.num_examples)))
 
 
+def parameter_gradient(victim: Victim, params: Params, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """Gradient of the loss for every parameter, differentiable in x, y and params.
+
+    Plain autograd, which is about 1.6 times faster on a LeNet, unless a `torch.func`
+    transform is active, where only `torch.func.grad` composes.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return grad(victim.loss)(params, x, y)
+    leaves = {name: p if p.grad_fn is not None else p.detach().requires_grad_() for name, p in params.items()}
+    with torch.enable_grad():
+        loss = victim.loss(leaves, x, y)
+        differentiable = x.requires_grad or y.requires_grad or any(p.grad_fn for p in leaves.values())
+        gradients = torch.autograd.grad(
+            loss, list(leaves.values()), create_graph=differentiable, materialize_grads=True
+        )
+    return dict(zip(leaves, gradients, strict=True))
+
+
 def local_steps(
     victim: Victim, params: Params, round: Round, x: Tensor, y: Tensor
 ) -> Iterator[tuple[Params, Tensor, Params]]:
     """(parameters before the step, the step's examples, its gradient) for every local step."""
-    gradient = grad(victim.loss)
     current: Params = dict(params)
     for step in range(round.local_steps):
         rows = round.batch(step)
         examples = x[rows[0] : rows[-1] + 1]
-        step_gradient = gradient(current, examples, y[rows[0] : rows[-1] + 1])
+        step_gradient = parameter_gradient(victim, current, examples, y[rows[0] : rows[-1] + 1])
         yield current, examples, step_gradient
         current = {name: current[name] - round.learning_rate * g for name, g in step_gradient.items()}
 
@@ -110,5 +127,5 @@ def trained_buffers(victim: Victim, round: Round, x: Tensor, y: Tensor) -> dict[
     buffers = {name: tensor.clone() for name, tensor in victim.buffers.items()}
     for params, examples, _ in local_steps(victim, victim.params, round, x, y):
         with torch.no_grad():
-            functional_call(tracking, (dict(params), buffers), (examples,))
+            functional_call(tracking, (dict(params), victim.frozen, buffers), (examples,))
     return buffers

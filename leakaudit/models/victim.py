@@ -55,11 +55,14 @@ class Victim:
     averages alone (`observe` in `leakaudit.rounds` reports those separately), and
     dropout is switched off, because its masks are unknown to everybody but the client.
 
-    Build it with `Victim.of`, which copies the module; tensors are shared, never written.
+    `params` are the parameters that train, in module order; `frozen` are those that do not.
+
+    Build it with `Victim.of`, which copies the module; tensors are never written.
     """
 
     module: nn.Module
     params: dict[str, Tensor]
+    frozen: dict[str, Tensor]
     buffers: dict[str, Tensor]
     space: Pixels
     num_classes: int
@@ -89,7 +92,8 @@ class Victim:
         module = _prepare(copy.deepcopy(module), mode)
         victim = cls(
             module=module,
-            params={name: p.detach() for name, p in module.named_parameters()},
+            params={name: p.detach() for name, p in module.named_parameters() if p.requires_grad},
+            frozen={name: p.detach() for name, p in module.named_parameters() if not p.requires_grad},
             buffers={name: b.detach() for name, b in module.named_buffers()},
             space=space,
             num_classes=num_classes,
@@ -115,6 +119,7 @@ class Victim:
             self,
             module=module,
             params={name: move(tensor) for name, tensor in self.params.items()},
+            frozen={name: move(tensor) for name, tensor in self.frozen.items()},
             buffers={name: move(tensor) for name, tensor in self.buffers.items()},
         )
 
@@ -128,7 +133,7 @@ class Victim:
 
     def logits(self, params: Params, x: Tensor) -> Tensor:
         """(B, K) outputs for model inputs (B, C, H, W)."""
-        return functional_call(self.module, (dict(params), self.buffers), (x,))
+        return functional_call(self.module, (dict(params), self.frozen, self.buffers), (x,))
 
     def loss(self, params: Params, x: Tensor, y: Tensor) -> Tensor:
         """Scalar loss; y is (B,) integers or (B, K) probabilities."""
@@ -136,7 +141,7 @@ class Victim:
 
     def trainable(self) -> list[str]:
         """Names of parameters that receive gradients, in module order."""
-        return [name for name, p in self.module.named_parameters() if p.requires_grad]
+        return list(self.params)
 
     def modules_in_order(self) -> list[tuple[str, nn.Module, Tensor, Tensor]]:
         """(name, module, input, output) of every leaf call in one forward pass of a random example."""
