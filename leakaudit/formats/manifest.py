@@ -7,13 +7,16 @@ unknown to the adversary and is reported so, never filled in silently.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from leakaudit.errors import InputError
 
 MANIFEST_KEY = "leakaudit"
 
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, le=10**9)]
 
 
 class Normalisation(BaseModel):
@@ -23,6 +26,12 @@ class Normalisation(BaseModel):
 
     mean: tuple[float, ...]
     std: tuple[Annotated[float, Field(gt=0)], ...]
+
+    @model_validator(mode="after")
+    def _same_channels(self) -> Normalisation:
+        if not len(self.mean) == len(self.std) > 0:
+            raise ValueError(f"mean has {len(self.mean)} channels and std {len(self.std)}")
+        return self
 
 
 class Manifest(BaseModel):
@@ -35,9 +44,9 @@ class Manifest(BaseModel):
     mode: "train" or "eval" of the module while the gradient was taken.
     normalisation, input_shape (C, H, W), num_classes, model, checkpoint_sha256: the model.
     defenses: specs applied before sharing, in order; [] says none were.
-    noise_std: standard deviation of added noise per number of the update, in its units.
+    noise_std: standard deviation of added noise per number, in units of the pseudo-gradient.
     parameter_order: names in the order the module lists them (safetensors sorts its keys).
-    buffers: names of entries that are buffers, not parameters.
+    buffers: names of entries that are buffers, not parameters, with their values after training.
     created_by: program and version.
     """
 
@@ -63,3 +72,65 @@ class Manifest(BaseModel):
     parameter_order: tuple[str, ...] | None = None
     buffers: tuple[str, ...] | None = None
     created_by: str | None = None
+
+    @model_validator(mode="after")
+    def _agree(self) -> Manifest:
+        channels = None if self.normalisation is None else len(self.normalisation.mean)
+        if channels is not None and self.input_shape is not None and channels != self.input_shape[0]:
+            raise ValueError(f"normalisation has {channels} channels, input_shape {self.input_shape[0]}")
+        if (self.local_batch_size or 1) > (self.num_examples or self.local_batch_size or 1):
+            raise ValueError(
+                f"local_batch_size {self.local_batch_size} exceeds num_examples {self.num_examples}"
+            )
+        return self
+
+    def merged(self, overrides: Manifest | None) -> Manifest:
+        """This manifest with every field that `overrides` states put in place of its own.
+
+        Raises `InputError` when the two together contradict themselves.
+        """
+        if overrides is None:
+            return self
+        stated = overrides.model_dump(exclude_unset=True, exclude_none=True)
+        try:
+            return Manifest.model_validate({**self.model_dump(exclude_unset=True), **stated})
+        except ValidationError as error:
+            raise InputError(f"the manifest and the values given do not fit: {explain(error)}") from error
+
+    def to_json(self, indent: int | None = None) -> str:
+        """Only the fields that say something."""
+        return self.model_dump_json(exclude_none=True, indent=indent)
+
+
+def parse_manifest(text: str | bytes, source: str | Path) -> Manifest:
+    """The manifest in a JSON text; `InputError` names `source`, the field, its value and what is accepted."""
+    try:
+        return Manifest.model_validate_json(text)
+    except ValidationError as error:
+        raise InputError(f"the manifest of {source} is not valid: {explain(error)}") from error
+
+
+def build_manifest(fields: dict[str, Any]) -> Manifest:
+    """A manifest of the fields that are not None; `InputError` for a value that is not accepted."""
+    try:
+        return Manifest.model_validate({name: value for name, value in fields.items() if value is not None})
+    except ValidationError as error:
+        raise InputError(f"the manifest cannot be written: {explain(error)}") from error
+
+
+def explain(error: ValidationError) -> str:
+    """The first fault of a validation as one short phrase: field, value, what is accepted."""
+    fault = error.errors(include_url=False)[0]
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if fault["type"] == "json_invalid":
+        return f"it is not JSON, {fault['ctx']['error']}"
+    field = ".".join(str(part) for part in fault["loc"])
+    message = fault["msg"].removeprefix("Value error, ")
+    if not field or fault["type"] == "value_error":
+        return f"{field + ': ' if field else ''}{message}{more}"
+    return f"{field}={_short(fault['input'])}: {message[0].lower()}{message[1:]}{more}"
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

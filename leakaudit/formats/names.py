@@ -9,19 +9,23 @@ PREFIXES = ("module.", "_orig_mod.", "_module.")
 
 
 def strip_prefix(name: str) -> str:
-    """`name` without the prefixes that wrappers put in front, however many are stacked."""
+    """`name` without what wrappers put in front, however many are stacked.
+
+    `_orig_mod.` goes wherever it stands, because submodules are compiled by themselves too.
+    """
     while True:
         prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
         if prefix is None:
-            return name
+            return name.replace("._orig_mod.", ".")
         name = name[len(prefix) :]
 
 
 def strip_prefixes(names: Iterable[str]) -> dict[str, str]:
     """{name as found: name without wrapper prefixes}, in order.
 
-    Names are left as they are when stripping would make two of them equal.
+    Names are left as they are when stripping would make two of them equal or leave one empty.
     """
-    found = list(names)
+    found = list(dict.fromkeys(names))
     stripped = [strip_prefix(name) for name in found]
-    return dict(zip(found, stripped if len(set(stripped)) == len(set(found)) else found, strict=True))
+    clear = len(set(stripped)) == len(found) and all(stripped)
+    return dict(zip(found, stripped if clear else found, strict=True))
