@@ -224,7 +224,7 @@ class Victim:
         try:
             with torch.no_grad():
                 shape = tuple(self.logits(self.params, self._probe()).shape)
-        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(
                 f"model {self.name} cannot take inputs of shape {self.space.shape}: {reason}"

@@ -1,0 +1,119 @@
+"""Checkpoints: state dicts in files as people really have them <-> modules."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from leakaudit.errors import InputError
+from leakaudit.formats.atomic import write_atomically
+from leakaudit.formats.names import strip_prefixes
+from leakaudit.formats.reading import TORCH_SUFFIXES, UPDATE_KEYS, read_file
+
+SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
+
+_LISTED = 3
+"""Differences of each kind that an error spells out."""
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """The parameters and buffers in a checkpoint file, by name without wrapper prefixes, on the CPU.
+
+    Accepts .safetensors, .pt, .pth, .th and .bin; a state dict, or a dictionary that holds
+    one under state_dict, model_state_dict, model, net, module and the like (also nested).
+    Floating point becomes float32.  Nothing in the file is executed.
+    Raises `InputError` for a file that is missing, empty, truncated, not a checkpoint, that
+    holds code, or NaN or infinite values.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in SUFFIXES:
+        raise InputError(f"checkpoint {path} is of no known format; accepted: {', '.join(SUFFIXES)}")
+    raw = read_file(path)
+    if raw.tensors is None:
+        raise InputError(f"checkpoint {path} holds tensors without names, expected a state dict")
+    if raw.nested_under in UPDATE_KEYS:
+        raise InputError(f"checkpoint {path} holds an update ({raw.nested_under!r}), expected a state dict")
+    names = strip_prefixes(raw.tensors)
+    return {names[name]: tensor for name, tensor in raw.tensors.items()}
+
+
+def load_checkpoint(module: nn.Module, path: str | Path) -> str:
+    """Load a checkpoint file into `module`, in place, and return its `parameters_sha256`.
+
+    Values are converted to the module's own dtypes.  `num_batches_tracked`, which old
+    checkpoints lack, may be missing.  Raises `InputError`, with the module untouched, that
+    lists missing and unexpected names and wrong shapes, or as `read_state_dict` does.
+    """
+    state = read_state_dict(path)
+    differences = compare(state, module)
+    if differences:
+        raise InputError(f"checkpoint {path} does not fit the model: {'; '.join(differences)}")
+    module.load_state_dict(state, strict=False)
+    return parameters_sha256(module)
+
+
+def compare(state: Mapping[str, Tensor], module: nn.Module) -> list[str]:
+    """What keeps `state` from being loaded into `module`, a phrase for each kind; empty when it fits."""
+    expected = module.state_dict()
+    missing = [n for n in expected if n not in state and not n.endswith("num_batches_tracked")]
+    unexpected = [name for name in state if name not in expected]
+    shared = [(name, state[name], tensor) for name, tensor in expected.items() if name in state]
+    shapes = [
+        f"{name} is {_shape(found)} where the model has {_shape(wanted)}"
+        for name, found, wanted in shared
+        if found.shape != wanted.shape
+    ]
+    types = [
+        f"{name} is {found.dtype} where the model has {wanted.dtype}"
+        for name, found, wanted in shared
+        if found.is_floating_point() != wanted.is_floating_point()
+    ]
+    kinds = {
+        "missing": missing,
+        "unexpected": unexpected,
+        "of another shape": shapes,
+        "of another type": types,
+    }
+    return [f"{len(items)} {kind} ({_abbreviate(items)})" for kind, items in kinds.items() if items]
+
+
+def save_checkpoint(module: nn.Module | Mapping[str, Tensor], path: str | Path) -> None:
+    """Write parameters and buffers as .safetensors, whole or not at all.
+
+    Raises `InputError` for another suffix or a folder that cannot be written.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".safetensors":
+        raise InputError(f"checkpoints are written as .safetensors, got {path.name!r}")
+    state = module.state_dict() if isinstance(module, nn.Module) else module
+    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
+    write_atomically(path, safetensors.torch.save(tensors))
+
+
+def parameters_sha256(parameters: nn.Module | Mapping[str, Tensor]) -> str:
+    """Hash of the parameters' names, shapes and values, the same whichever file they came from.
+
+    Buffers are left out, so BatchNorm averages that moved since do not change it.
+    `manifest.checkpoint_sha256` is this number.
+    """
+    named = dict(parameters.named_parameters()) if isinstance(parameters, nn.Module) else parameters
+    digest = hashlib.sha256()
+    for name in sorted(named):
+        tensor = named[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {_shape(tensor)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "a single number"
+
+
+def _abbreviate(items: Sequence[str]) -> str:
+    more = len(items) - _LISTED
+    return ", ".join(items[:_LISTED]) + (f" and {more} more" if more > 0 else "")
