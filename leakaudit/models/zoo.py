@@ -463,8 +463,9 @@ def infer_shapes(
 
     Found by comparison with the model at its defaults: rows where the default number of
     classes stood, columns where the default channels stood, then square inputs of
-    `COMMON_SIZES` until all shapes fit.  What is given is kept; what cannot be told is
-    returned as given.
+    `COMMON_SIZES`, in colour and grey, until all shapes fit.  The first that fits is taken:
+    a model whose shapes do not depend on the size gets its default.  What is given is kept;
+    what cannot be told is None.
     """
     info = source.info
     skeleton = source.skeleton(num_classes, input_shape or info.input_shape)
@@ -482,14 +483,20 @@ def infer_shapes(
         for wanted, found in differing
         if len(wanted) == len(found) == 4 and wanted[1] == info.input_shape[0] != found[1]
     )
-    size = (info.input_shape[1], *COMMON_SIZES)
-    for shape in ((channels or info.input_shape[0], side, side) for side in size):
+    for shape in _candidate_shapes(info.input_shape, channels):
         try:
             if not _differing(source.skeleton(classes, shape), state):
                 return classes, shape
         except InputError:
             continue
     return classes, None
+
+
+def _candidate_shapes(default: Shape, channels: int | None) -> Iterator[Shape]:
+    """The default, then other sizes, then other channels unless `channels` is known."""
+    for depth in (default[0], 1, 3) if channels is None else (channels,):
+        for side in (default[1], *COMMON_SIZES):
+            yield depth, side, side
 
 
 def _build(source: Source, num_classes: int | None, shape: Shape, seed: int) -> nn.Module:
