@@ -1,0 +1,162 @@
+"""The optimisation core that all first-order attacks share.
+
+A candidate is a model input x, with labels that are fixed or found jointly as
+softmax(logits).  An objective maps (x, y) to a scalar; `lbfgs` and `adam`
+descend it under the eyes of a `Monitor`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from leakaudit.attacks.base import Monitor
+from leakaudit.attacks.matching import Distance, cosine, squared, statistics_distance, total_variation
+from leakaudit.threat import View
+
+DistanceName = Literal["squared", "cosine"]
+DISTANCES: dict[DistanceName, Distance] = {"squared": squared, "cosine": cosine}
+
+
+class Candidate:
+    """x (N, C, H, W) and its labels: given as (N,) integers, or free as (N, K) logits."""
+
+    def __init__(self, x: Tensor, labels: Tensor | None = None, logits: Tensor | None = None) -> None:
+        if (labels is None) == (logits is None):
+            raise ValueError("a candidate has either labels or logits")
+        self.x = x.clone().requires_grad_()
+        self.labels = labels
+        self.logits = None if logits is None else logits.clone().requires_grad_()
+
+    @property
+    def y(self) -> Tensor:
+        if self.logits is not None:
+            return self.logits.softmax(dim=-1)
+        assert self.labels is not None
+        return self.labels
+
+    @property
+    def variables(self) -> list[Tensor]:
+        return [self.x] if self.logits is None else [self.x, self.logits]
+
+
+Objective = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Matching:
+    """distance(g(x), g*) + tv * TV(x) + statistics * BatchNorm distance, the first divided by `scale`.
+
+    The BatchNorm term counts only when the adversary knows the batch's statistics.
+    """
+
+    view: View
+    distance: DistanceName
+    tv: float = 0.0
+    statistics: float = 0.0
+    scale: float = 1.0
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        loss = DISTANCES[self.distance](self.view.simulate(x, y), self.view.observed) / self.scale
+        if self.tv:
+            loss = loss + self.tv * total_variation(x)
+        target = self.view.knowledge.statistics.value
+        if self.statistics and target is not None:
+            found = self.view.victim.batch_statistics(self.view.victim.params, x)
+            loss = loss + self.statistics * statistics_distance(found, target)
+        return loss
+
+
+def lbfgs(
+    candidate: Candidate,
+    objective: Objective,
+    monitor: Monitor,
+    *,
+    iterations: int,
+    learning_rate: float = 1.0,
+    inner: int = 20,
+    history: int = 100,
+    line_search: bool = True,
+    target: float = 0.0,
+    patience: int | None = None,
+) -> None:
+    """`iterations` calls of torch's L-BFGS, each of at most `inner` steps.
+
+    Stops when a step no longer changes the candidate, besides what the monitor asks for.
+    """
+    optimizer = torch.optim.LBFGS(
+        candidate.variables,
+        lr=learning_rate,
+        max_iter=inner,
+        history_size=history,
+        line_search_fn="strong_wolfe" if line_search else None,
+        tolerance_grad=0.0,
+        tolerance_change=0.0,
+    )
+
+    def closure() -> Tensor:
+        loss = objective(candidate.x, candidate.y)
+        gradients = torch.autograd.grad(loss, candidate.variables)
+        for variable, gradient in zip(candidate.variables, gradients, strict=True):
+            variable.grad = gradient
+        return loss.detach()
+
+    monitor.start(iterations, patience=patience, target=target)
+    for _ in range(iterations):
+        x, y = candidate.x.detach().clone(), candidate.y.detach()
+        loss = float(optimizer.step(closure))  # type: ignore[arg-type]
+        if monitor.step(loss, x, y):
+            return
+        if torch.equal(x, candidate.x.detach()):
+            monitor.stopped = "plateau"
+            return
+    with torch.no_grad():
+        final = candidate.x.detach(), candidate.y.detach()
+    monitor.step(float(objective(*final)), *final)
+
+
+def adam(
+    candidate: Candidate,
+    objective: Objective,
+    monitor: Monitor,
+    *,
+    iterations: int,
+    learning_rate: float,
+    signed: bool = False,
+    project: Callable[[Tensor], Tensor] | None = None,
+    cosine_decay: bool = False,
+    target: float = 0.0,
+    patience: int | None = None,
+) -> None:
+    """Adam, with step decay by 0.1 after 3/8, 5/8 and 7/8 of the iterations, or a half cosine.
+
+    `signed` takes the sign of the candidate's gradient first; `project` is applied after every step.
+    """
+    optimizer = torch.optim.Adam(candidate.variables, lr=learning_rate)
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    if cosine_decay:
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
+    else:
+        milestones = [math.ceil(iterations * share) for share in (3 / 8, 5 / 8, 7 / 8)]
+        scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
+    monitor.start(iterations, patience=patience, target=target)
+    for step in range(iterations + 1):
+        loss = objective(candidate.x, candidate.y)
+        if monitor.step(float(loss.detach()), candidate.x, candidate.y) or step == iterations:
+            return
+        gradients = torch.autograd.grad(loss, candidate.variables)
+        for variable, gradient in zip(candidate.variables, gradients, strict=True):
+            variable.grad = gradient
+        if signed:
+            assert candidate.x.grad is not None
+            candidate.x.grad.sign_()
+        optimizer.step()
+        scheduler.step()
+        if project is not None:
+            with torch.no_grad():
+                candidate.x.copy_(project(candidate.x))

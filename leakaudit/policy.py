@@ -1,0 +1,84 @@
+"""What counts as leakage: thresholds on scores, such as `psnr>20` or `lpips<0.3`.
+
+A policy is broken as soon as one private example crosses one threshold.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from leakaudit.errors import InputError
+from leakaudit.spec import suggest
+
+POLICY_METRICS = ("psnr", "ssim", "lpips", "lpips-alex", "mse")
+DEFAULT_POLICY = "psnr>20,ssim>0.5"
+
+
+@dataclass(frozen=True)
+class Threshold:
+    metric: str
+    operator: Literal[">", "<"]
+    value: float
+
+    def crossed(self, score: float | None) -> bool:
+        if score is None or math.isnan(score):
+            return False
+        return score > self.value if self.operator == ">" else score < self.value
+
+    def __str__(self) -> str:
+        return f"{self.metric}{self.operator}{self.value:g}"
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Crossing any threshold is leakage; no thresholds: nothing is."""
+
+    thresholds: tuple[Threshold, ...]
+
+    def broken_by(self, examples: Iterable[Mapping[str, float | None]]) -> list[str]:
+        """One sentence for every threshold that some example crosses, with the worst score."""
+        sentences = []
+        rows = list(examples)
+        for threshold in self.thresholds:
+            crossed = [
+                score
+                for row in rows
+                if threshold.crossed(score := row.get(threshold.metric)) and score is not None
+            ]
+            if crossed:
+                worst = max(crossed) if threshold.operator == ">" else min(crossed)
+                sentences.append(
+                    f"{len(crossed)} of {len(rows)} examples cross {threshold} (worst {threshold.metric} {worst:.4g})"
+                )
+        return sentences
+
+    def __str__(self) -> str:
+        return ",".join(map(str, self.thresholds)) or "never"
+
+
+def parse_policy(text: str) -> Policy:
+    """`psnr>20,ssim>0.5`, or `never`.  Raises `InputError` for anything else."""
+    if text.strip() == "never":
+        return Policy(())
+    return Policy(tuple(_parse_threshold(item.strip()) for item in text.split(",")))
+
+
+def _parse_threshold(text: str) -> Threshold:
+    found = re.fullmatch(r"([a-z-]+)\s*([<>])\s*([-+0-9.eE]+)", text)
+    if found is None:
+        raise InputError(f"policy {text!r} is not METRIC>NUMBER or METRIC<NUMBER, such as ssim>0.5")
+    metric, operator, number = found.groups()
+    if metric not in POLICY_METRICS:
+        known = ", ".join(POLICY_METRICS)
+        raise InputError(
+            f"policy {text!r}: unknown metric {metric!r}{suggest(metric, POLICY_METRICS)}; known: {known}"
+        )
+    try:
+        value = float(number)
+    except ValueError as error:
+        raise InputError(f"policy {text!r}: {number!r} is not a number") from error
+    return Threshold(metric, ">" if operator == ">" else "<", value)
