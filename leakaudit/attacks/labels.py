@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.optimize import nnls
+from scipy.optimize import linear_sum_assignment, nnls
 from torch import Tensor
 
 from leakaudit.errors import InputError
@@ -139,7 +139,7 @@ def head_gradient(view: View, divisor: float = 1.0) -> HeadGradient | None:
     if weight is None and bias is None:
         return None
     gradient = _build(view, weight, bias, divisor, scaled=not view.scale_free)
-    params = view.victim.params
+    params = {**view.victim.frozen, **view.victim.params}
     return replace(
         gradient,
         weight=_exact(params[head.weight]),
@@ -164,6 +164,28 @@ def infer_labels(view: View, generator: torch.Generator, num_examples: int | Non
         return _single(view, head, generator)
     estimates = _estimates(view, head, count, generator)
     return max(estimates, key=lambda estimate: estimate.explained)
+
+
+def match_labels(view: View, x: Tensor, generator: torch.Generator) -> tuple[Tensor, str]:
+    """Labels (N,) for the inputs x (N, C, H, W), on their device, and where they come from.
+
+    Known labels are taken, others inferred.  Which label belongs to which input follows from
+    dW = 1/N sum_i (p_i - onehot(y_i)) f_i^T: with the features f_i of x, -dW pinv(f) is positive
+    at (y_i, i) only; the best one-to-one assignment of the labels to the inputs is kept.
+    """
+    if view.knowledge.labels.value is not None:
+        labels, source = view.knowledge.labels.value.cpu(), "known"
+    else:
+        inference = infer_labels(view, generator, len(x))
+        labels, source = inference.labels, f"inferred: {inference.method}"
+    gradient = head_gradient(view)
+    if len(x) > 1 and gradient is not None and gradient.weight_gradient is not None:
+        with torch.no_grad():
+            features = _exact(view.victim.features(x))
+        scores = gradient.weight_gradient @ torch.linalg.pinv(features, rtol=1e-6)
+        inputs, picks = linear_sum_assignment(scores[labels].T.numpy())
+        labels = labels[torch.from_numpy(picks[inputs.argsort()])]
+    return labels.to(x.device), source
 
 
 def head_consistency(view: View) -> HeadConsistency | None:

@@ -160,7 +160,7 @@ class Victim:
                 record(name, module)
         try:
             with torch.no_grad():
-                self.logits(self.params, self._probe())
+                self.logits(self.params, self.probe())
         finally:
             for handle in handles:
                 handle.remove()
@@ -216,14 +216,15 @@ class Victim:
                 handle.remove()
         return found
 
-    def _probe(self) -> Tensor:
+    def probe(self, count: int = 2) -> Tensor:
+        """The same `count` random model inputs each time; `modules_in_order` runs on `probe()`."""
         generator = torch.Generator().manual_seed(0)
-        return self.space.sample(2, generator).to(self.device, self.dtype)
+        return self.space.sample(count, generator).to(self.device, self.dtype)
 
     def _check_shapes(self) -> None:
         try:
             with torch.no_grad():
-                shape = tuple(self.logits(self.params, self._probe()).shape)
+                shape = tuple(self.logits(self.params, self.probe()).shape)
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(
