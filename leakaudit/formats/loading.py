@@ -245,7 +245,8 @@ def _read_before(path: str | Path, values: Update, victim: Victim) -> Update:
 
 
 def _of_victim(victim: Victim, values: Update) -> Update:
-    return Update({name: victim.params[name].detach().cpu() for name in values})
+    params = {**victim.params, **victim.frozen}
+    return Update({name: params[name].detach().cpu() for name in values})
 
 
 def _looks_like_weights(found: Resolved, victim: Victim) -> bool:

@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 import re
-import zipfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from leakaudit.errors import AmbiguityError, InputError
 from leakaudit.formats.manifest import MANIFEST_KEY, Manifest, parse_manifest
-from leakaudit.formats.phrases import first_line, listing, quoted
+from leakaudit.formats.phrases import first_line, limit, listing, quoted
 
 TORCH_SUFFIXES = (".pt", ".pth", ".th", ".bin")
 SUFFIXES = (".safetensors", ".npz", *TORCH_SUFFIXES)
@@ -137,12 +137,14 @@ def _safetensors(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, 
     try:
         tensors = safetensors.torch.load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        return tensors, header.get("__metadata__") or {}
+        return dict(sorted(tensors.items())), header.get("__metadata__") or {}
     except Exception as error:  # a stranger's bytes: the parser may fail in any way
         raise InputError(f"{path} is truncated or not a safetensors file: {first_line(error)}") from error
 
 
 def _parse_npz(data: bytes, path: Path) -> tuple[object, dict[str, str]]:
+    if data[:2] != b"PK":
+        raise InputError(f"{path} is truncated or not an .npz archive: it is no zip file")
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as archive:
             if not isinstance(archive, np.lib.npyio.NpzFile):
@@ -179,17 +181,21 @@ def _from_numpy(array: object, name: str, path: Path) -> Tensor:
 
 def _parse_torch(data: bytes, path: Path) -> tuple[object, dict[str, str]]:
     try:
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True), {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True), {}
     except Exception as error:  # a stranger's bytes: the parser may fail in any way
-        code = re.search(r"(?:GLOBAL|global:?)\s+([\w.]+\.[\w.]+)", str(error))
-        if code or ("weights_only" in str(error).lower() and zipfile.is_zipfile(io.BytesIO(data))):
-            what = f"code or objects ({code[1]})" if code else "more than tensors"
+        code = re.search(r"GLOBAL\s+([\w.]+\.\w+)", str(error))
+        if code:
             raise InputError(
-                f"{path} holds {what}, which are never loaded; accepted: tensors in a dict or list, such as"
-                " {name: p.grad} or model.state_dict()"
+                f"{path} holds code or objects ({limit(code[1])}), which are never loaded; accepted: tensors"
+                " in a dict or list, such as {name: p.grad} or model.state_dict()"
             ) from error
+        detail = re.search(r"WeightsUnpickler error: *(.+)", str(error))
+        pickle = ", perhaps a plain pickle, which is never loaded" if data[:1] == b"\x80" else ""
         raise InputError(
-            f"{path} is truncated or was not written by torch.save: {first_line(error)}"
+            f"{path} is truncated or was not written by torch.save{pickle}:"
+            f" {limit(detail[1].strip()) if detail else first_line(error)}"
         ) from error
 
 

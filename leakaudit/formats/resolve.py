@@ -58,7 +58,7 @@ def resolve(raw: RawFile, victim: Victim) -> Resolved:
     if missing:
         notes.append(f"The file lacks {counted(len(missing), 'trainable parameter')}: {listing(missing)}.")
     return Resolved(
-        params={name: found[name] for name in victim.params if name in found},
+        params={name: found[name] for name in layout.params if name in found},
         buffers={name: found[name] for name in victim.buffers if name in found},
         sources=sources,
         missing=missing,
@@ -86,17 +86,20 @@ class _Layout:
         aliases = _aliases(victim.module)
         state = [aliases[name] for name in victim.module.state_dict() if name in aliases]
         repeated = [aliases[n] for n, _ in victim.module.named_parameters(remove_duplicate=False)]
+        params = tuple(name for name, _ in victim.module.named_parameters())
         return cls(
             model=victim.name,
-            shapes={name: tensor.shape for name, tensor in [*victim.params.items(), *victim.buffers.items()]},
-            params=tuple(victim.params),
+            shapes={
+                name: t.shape for name, t in {**victim.params, **victim.frozen, **victim.buffers}.items()
+            },
+            params=params,
             aliases=aliases,
             orders={
                 "the state dict": tuple(state),
                 "the state dict without num_batches_tracked": tuple(
                     name for name in state if not name.endswith("num_batches_tracked")
                 ),
-                "parameters()": tuple(victim.params),
+                "parameters()": params,
                 "parameters(), tied ones repeated": tuple(repeated),
                 "the trainable parameters": tuple(victim.trainable()),
             },
