@@ -1,0 +1,493 @@
+"""The update as a system of equations: residual, explicit Jacobian, rank.
+
+The candidate u (pixels, and label logits where labels are unknown) is sought from
+
+    p(u) = t,    p = compression of the simulated update, t = that of the observed one.
+
+Compression keeps what the equations say and drops what repeats it.  The weight
+gradient of a fully connected layer is a sum of `rank` outer products
+delta_b f_b^T, one for each row that passed through the layer, so its tangent space
+at the observed gradient G is { U A + B V^T } with U, V the leading singular vectors of G
+(Absil, Mahony and Sepulchre 2008, section 3.4 on fixed-rank matrices): U^T G and
+(1 - U U^T) G V hold everything to first order.  Other tensors, when there are
+far more numbers than unknowns, are added up in signed random buckets (CountSketch;
+Charikar, Chen and Farach-Colton 2002; Clarkson and Woodruff 2013).  Every compression has
+spectral norm at most 1, so singular values found here are lower bounds for the
+whole Jacobian's: |S J v| <= |J v|.
+
+Columns come from forward-mode differentiation of the gradient (Pearlmutter 1994),
+many at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import jvp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from leakaudit.rounds import client_update
+from leakaudit.threat import View
+from leakaudit.update import Update
+
+Piece = Callable[[Tensor], Tensor]
+CHUNK_BYTES = 256 * 2**20
+SEPARABLE_TOLERANCE = 1e-9
+
+
+# ------------------------------------------------------------------ compression of one tensor
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """(K, F) -> U^T G and (1 - U U^T) G V, as one vector of rank * (F + K) numbers.
+
+    Attributes:
+        left: U, (K, rank), orthonormal columns.
+        right: V, (F, rank), orthonormal columns.
+    """
+
+    left: Tensor
+    right: Tensor
+
+    @classmethod
+    def of(cls, observed: Tensor, rank: int) -> LowRank:
+        left, _, right = torch.linalg.svd(observed, full_matrices=False)
+        return cls(left[:, :rank].contiguous(), right[:rank].T.contiguous())
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        return self.join(self.left.T @ gradient, self.complement(gradient @ self.right))
+
+    def complement(self, columns: Tensor) -> Tensor:
+        """(1 - U U^T) columns, for (K, rank)."""
+        return columns - self.left @ (self.left.T @ columns)
+
+    @staticmethod
+    def join(rows: Tensor, columns: Tensor) -> Tensor:
+        return torch.cat([rows.reshape(-1), columns.reshape(-1)])
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """Any tensor -> signed sums over `count` disjoint random buckets of equal size, divided by sqrt(size).
+
+    Attributes:
+        order: (count * size,) positions in the flattened tensor, zero padded.
+        sign: (count, size), entries -1 and 1.
+    """
+
+    order: Tensor
+    sign: Tensor
+
+    @classmethod
+    def of(cls, observed: Tensor, count: int, generator: torch.Generator) -> Buckets:
+        size = math.ceil(observed.numel() / count)
+        count = math.ceil(observed.numel() / size)
+        device = generator.device
+        order = torch.randperm(count * size, generator=generator, device=device).to(observed.device)
+        sign = torch.randint(0, 2, (count, size), generator=generator, device=device).to(observed) * 2 - 1
+        return cls(order, sign)
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        flat = gradient.reshape(-1)
+        padded = F.pad(flat, (0, len(self.order) - len(flat)))
+        sums: Tensor = (padded[self.order].view(self.sign.shape) * self.sign).sum(-1)
+        return sums / math.sqrt(self.sign.shape[1])
+
+
+def whole(gradient: Tensor) -> Tensor:
+    """Any tensor -> all its numbers."""
+    return gradient.reshape(-1)
+
+
+def _cast(piece: Piece, dtype: torch.dtype) -> Piece:
+    if isinstance(piece, LowRank):
+        return LowRank(piece.left.to(dtype), piece.right.to(dtype))
+    return Buckets(piece.order, piece.sign.to(dtype)) if isinstance(piece, Buckets) else piece
+
+
+def _size(piece: Piece, tensor: Tensor) -> int:
+    if isinstance(piece, LowRank):
+        return piece.left.numel() + piece.right.numel()
+    return piece.sign.shape[0] if isinstance(piece, Buckets) else tensor.numel()
+
+
+def compression(view: View, limit: int, generator: torch.Generator) -> dict[str, Piece]:
+    """For every shared tensor, how it becomes equations; about `limit` equations in all.
+
+    Fully connected weights are compressed without loss (to first order) where that saves at least
+    half; the rest share what is left of `limit` in proportion to their size, at least 64 each.
+    """
+    ranks = _linear_ranks(view)
+    pieces: dict[str, Piece] = {}
+    for name, rank in ranks.items():
+        tensor = view.observed[name]
+        if 2 * rank * sum(tensor.shape) <= tensor.numel():
+            pieces[name] = LowRank.of(tensor, rank)
+    rest = {name: tensor for name, tensor in view.observed.items() if name not in pieces}
+    spent = sum(_size(piece, view.observed[name]) for name, piece in pieces.items())
+    numbers = sum(tensor.numel() for tensor in rest.values())
+    share = max(limit - spent, limit // 2) / max(numbers, 1)
+    for name, tensor in rest.items():
+        count = max(64, math.ceil(tensor.numel() * share))
+        pieces[name] = whole if count >= tensor.numel() else Buckets.of(tensor, count, generator)
+    return {name: pieces[name] for name in view.observed}
+
+
+def _linear_ranks(view: View) -> dict[str, int]:
+    """Weight name -> largest possible rank of its gradient, for fully connected layers called once."""
+    rows: dict[str, int] = {}
+    for name, module, inputs, _ in view.victim.modules_in_order():
+        weight = f"{name}.weight" if name else "weight"
+        if isinstance(module, nn.Linear) and weight in view.observed:
+            per_example = inputs.numel() // (inputs.shape[-1] * 2)  # the probe has two examples
+            examples = view.round.local_steps * view.round.batch_size
+            rows[weight] = rows.get(weight, 0) + per_example * examples
+    return rows
+
+
+# ------------------------------------------------------------------ the whole system
+
+
+class ProjectedLinear(nn.Module):
+    """A fully connected layer whose gradient comes out already compressed by a `LowRank`.
+
+    At rows = columns = 0 it computes what `linear` does; the gradients with respect to `rows`
+    (rank, F) and `columns` (K, rank) are the two parts of the compressed weight gradient, and the
+    (K, F) gradient itself, the dearest part of a Jacobian column, is never formed.
+    """
+
+    weight: Tensor
+    left: Tensor
+    right: Tensor
+
+    def __init__(self, linear: nn.Linear, piece: LowRank) -> None:
+        super().__init__()
+        self.register_buffer("weight", linear.weight.detach())
+        self.register_buffer("left", piece.left)
+        self.register_buffer("right", piece.right)
+        self.bias = linear.bias
+        self.rows = nn.Parameter(piece.right.new_zeros(piece.right.shape).T)
+        self.columns = nn.Parameter(piece.left.new_zeros(piece.left.shape))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        through = (inputs @ self.right) @ self.columns.T
+        return (
+            F.linear(inputs, self.weight, self.bias)
+            + (inputs @ self.rows.T) @ self.left.T
+            + through
+            - (through @ self.left) @ self.left.T
+        )
+
+
+def _projected(view: View, pieces: Mapping[str, Piece]) -> View:
+    """The view with every `LowRank` layer replaced by its `ProjectedLinear`."""
+    module = copy.deepcopy(view.victim.module)
+    params, buffers = dict(view.victim.params), dict(view.victim.buffers)
+    for name, piece in pieces.items():
+        if not isinstance(piece, LowRank):
+            continue
+        owner, _, _ = name.rpartition(".")
+        linear = module.get_submodule(owner)
+        assert isinstance(linear, nn.Linear)
+        layer = ProjectedLinear(linear, piece)
+        if owner:
+            module.set_submodule(owner, layer)
+        else:
+            module = layer
+        del params[name]
+        prefix = f"{owner}." if owner else ""
+        params[f"{prefix}rows"], params[f"{prefix}columns"] = layer.rows.detach(), layer.columns.detach()
+        buffers |= {f"{prefix}{key}": value for key, value in layer.named_buffers()}
+    victim = replace(view.victim, module=module, params=params, buffers=buffers)
+    return replace(view, victim=victim, observed=Update(params))
+
+
+@dataclass(frozen=True)
+class System:
+    """p(u) = t in compressed, weighted equations.
+
+    Build it with `System.of`.  A point u is (N, D) with D = C*H*W, plus K label logits when the
+    labels are unknown; it has the dtype of `view`.
+
+    Attributes:
+        view: what is attacked.
+        fast: the view whose simulation gives compressed layers directly, or None.
+        labels: (N,) integers or (N, K) probabilities; None when they are part of u.
+        pieces: compression a tensor.
+        weights: factor a tensor.
+        target: t, (m,).
+        length: norm of the compressed, weighted observed update; `target` has unit length for a
+            scale-free view and this length otherwise.
+        mean_of: the factor c when the update is c * sum of single-example updates, else None.
+    """
+
+    view: View
+    fast: View | None
+    labels: Tensor | None
+    pieces: dict[str, Piece]
+    weights: dict[str, float]
+    target: Tensor
+    length: float
+    mean_of: float | None
+
+    @classmethod
+    def of(
+        cls,
+        view: View,
+        labels: Tensor | None,
+        generator: torch.Generator,
+        limit: int | None = None,
+        weights: Mapping[str, float] | None = None,
+    ) -> System:
+        """The system of `view`.
+
+        Args:
+            limit: about how many equations to keep; None for four times the unknowns.
+            weights: factor for each shared tensor; None for `rms_weights`.
+        """
+        pieces = compression(view, limit or 4 * view.unknowns, generator)
+        weights = dict(weights or rms_weights(view.observed))
+        target = torch.cat([weights[name] * pieces[name](g) for name, g in view.observed.items()])
+        plain = view.client is client_update and view.round.local_steps == 1
+        fast = _projected(view, pieces) if plain and _has_low_rank(pieces) else None
+        length = float(target.norm())
+        if view.scale_free:
+            target = target / length
+        system = cls(view, fast, labels, pieces, weights, target, length, None)
+        return replace(system, mean_of=system._separation(generator))
+
+    @property
+    def unknowns(self) -> int:
+        """Columns of the Jacobian."""
+        return self.view.round.num_examples * self.width
+
+    @property
+    def width(self) -> int:
+        """D, numbers a candidate has per example."""
+        return self.view.victim.space.unknowns + (self.view.victim.num_classes if self.labels is None else 0)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the Jacobian and its Gram matrix."""
+        small = min(self.unknowns, len(self.target))
+        return (self.unknowns * len(self.target) + 3 * small**2) * self.target.element_size()
+
+    def to(self, dtype: torch.dtype) -> System:
+        """The same system in another precision."""
+        return replace(
+            self,
+            view=self.view.to(dtype=dtype),
+            fast=None if self.fast is None else self.fast.to(dtype=dtype),
+            labels=self.labels
+            if self.labels is None or not self.labels.is_floating_point()
+            else self.labels.to(dtype),
+            pieces={name: _cast(piece, dtype) for name, piece in self.pieces.items()},
+            target=self.target.to(dtype),
+        )
+
+    def point(self, x: Tensor, logits: Tensor | None = None) -> Tensor:
+        """(N, C, H, W) and (N, K) -> u."""
+        flat = x.flatten(1)
+        return flat if logits is None else torch.cat([flat, logits], dim=1)
+
+    def split(self, point: Tensor) -> tuple[Tensor, Tensor]:
+        """u -> x (N, C, H, W) and y, integers or probabilities."""
+        pixels = self.view.victim.space.unknowns
+        x = point[:, :pixels].reshape(-1, *self.view.victim.space.shape)
+        return x, self.labels if self.labels is not None else point[:, pixels:].softmax(dim=-1)
+
+    def predict(self, point: Tensor) -> Tensor:
+        """p(u), (m,); of unit length for a scale-free view."""
+        raw = self._raw(point)
+        return raw / raw.norm() if self.view.scale_free else raw
+
+    def residual(self, point: Tensor) -> Tensor:
+        """p(u) - t, (m,)."""
+        return self.predict(point) - self.target
+
+    def jacobian(self, point: Tensor) -> Tensor:
+        """dp/du at `point`, (m, N * D), the columns of the first example first."""
+        if self.mean_of is None:
+            columns = self._columns(point)
+        else:
+            blocks = [self._only(row)._columns(point[row : row + 1]) for row in range(len(point))]
+            columns = self.mean_of * torch.cat(blocks, dim=1) if len(blocks) > 1 else blocks[0]
+        if self.view.scale_free:
+            raw = self._raw(point)
+            unit = raw / raw.norm()
+            columns = (columns - unit[:, None] * (unit @ columns)) / raw.norm()
+        return columns
+
+    def probe(self, point: Tensor) -> int:
+        """Compute the first few columns and drop them; how many.  For timing."""
+        part, start = (self, point) if self.mean_of is None else (self._only(0), point[:1])
+        return part._columns(start, chunks=1).shape[1]
+
+    def _columns(self, point: Tensor, chunks: int | None = None) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):  # the only attention kernel with forward-mode derivatives
+            return forward_jacobian(
+                lambda flat: self._raw(flat.view(point.shape)), point.reshape(-1), self._chunk(), chunks
+            )
+
+    def _only(self, row: int) -> System:
+        """The system of one example by itself."""
+        return replace(
+            self,
+            view=_single(self.view),
+            fast=None if self.fast is None else _single(self.fast),
+            labels=None if self.labels is None else self.labels[row : row + 1],
+            mean_of=1.0,
+        )
+
+    def _raw(self, point: Tensor) -> Tensor:
+        update = (self.fast or self.view).simulate(*self.split(point))
+        parts = []
+        for name, piece in self.pieces.items():
+            if self.fast is not None and isinstance(piece, LowRank):
+                prefix = name.removesuffix("weight")
+                part = LowRank.join(update[f"{prefix}rows"], update[f"{prefix}columns"])
+            else:
+                part = piece(update[name])
+            parts.append(self.weights[name] * part)
+        return torch.cat(parts)
+
+    def _chunk(self) -> int:
+        """Columns at a time, so that tangents of parameters and equations fit in CHUNK_BYTES."""
+        numbers = (self.fast or self.view).observed.numel() + 20 * self.width + len(self.target)
+        return max(1, min(self.width, CHUNK_BYTES // (4 * numbers * self.target.element_size())))
+
+    def _separation(self, generator: torch.Generator) -> float | None:
+        """The factor c, found by trying on random candidates; None when examples interact."""
+        count = self.view.round.num_examples
+        if count == 1:
+            return 1.0
+        if self.view.round.local_steps > 1:
+            return None
+        point = torch.randn((count, self.width), generator=generator, device=generator.device).to(self.target)
+        with torch.no_grad():
+            together = self._raw(point)
+            apart = torch.stack([self._only(i)._raw(point[i : i + 1]) for i in range(count)]).sum(0)
+        factor = float(apart @ together / (apart @ apart))
+        mismatch = float((together - factor * apart).norm() / together.norm())
+        return factor if mismatch < SEPARABLE_TOLERANCE else None
+
+
+def rms_weights(observed: Update) -> dict[str, float]:
+    """1 / rms of each tensor, so that every number counts alike; a tensor that is all zero gets the
+    largest weight of the others divided by 1000."""
+    rms = {name: float(tensor.square().mean().sqrt()) for name, tensor in observed.items()}
+    positive = [value for value in rms.values() if value > 0]
+    if not positive:
+        return dict.fromkeys(rms, 1.0)
+    floor = max(positive) * 1e-3
+    return {name: 1 / max(value, floor) for name, value in rms.items()}
+
+
+def _has_low_rank(pieces: Mapping[str, Piece]) -> bool:
+    return any(isinstance(piece, LowRank) for piece in pieces.values())
+
+
+def _single(view: View) -> View:
+    return replace(view, round=replace(view.round, num_examples=1, local_batch_size=None))
+
+
+def forward_jacobian(
+    function: Callable[[Tensor], Tensor], point: Tensor, chunk: int, chunks: int | None = None
+) -> Tensor:
+    """Jacobian (m, n) of `function`: (n,) -> (m,), by batched forward-mode products.
+
+    Args:
+        chunk: columns at a time.
+        chunks: compute only the first so many chunks; None for all.
+    """
+    starts = list(range(0, len(point), chunk))[:chunks]
+    stop = min(len(point), starts[-1] + chunk)
+    columns: Tensor | None = None
+    for start in starts:
+        size = min(chunk, stop - start)
+        tangents = point.new_zeros(size, len(point))
+        tangents[torch.arange(size), start + torch.arange(size)] = 1
+        part = vmap(lambda tangent: jvp(function, (point,), (tangent,))[1])(tangents).detach()
+        if columns is None:
+            columns = part.new_empty(stop, part.shape[1])
+        columns[start : start + size] = part
+    assert columns is not None
+    return columns.T
+
+
+# ------------------------------------------------------------------ what a Jacobian says
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Singular values of a Jacobian, in short.
+
+    Attributes:
+        unknowns, equations: its shape.
+        rank: singular values above max(shape) * eps * largest.
+        largest, smallest: largest and smallest of the min(shape) singular values; `smallest` is 0 when
+            there are fewer equations than unknowns.
+        inverse_squares: sum of 1 / value^2, infinite below full rank; the squared length of the error
+            that white noise of unit size causes, summed over the unknowns (Cramer-Rao).
+        weakest: (n,) unit right singular vector of the smallest; None below full rank.
+    """
+
+    unknowns: int
+    equations: int
+    rank: int
+    largest: float
+    smallest: float
+    inverse_squares: float
+    weakest: Tensor | None
+
+    @classmethod
+    def of(cls, columns: Tensor) -> Spectrum:
+        """From a Jacobian (m, n), in its own precision.
+
+        Eigenvalues of the Gram matrix where the condition allows (4 s for n = 3072 on one core), else
+        singular values of the triangular factor (26 s).
+        """
+        equations, unknowns = columns.shape
+        short = columns if equations < unknowns else columns.T
+        gram = short @ short.T
+        values = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0).sqrt()
+        epsilon = torch.finfo(values.dtype).eps
+        if values[-1] <= values[0] * (1e4 * epsilon) ** 0.5:
+            values = torch.linalg.svdvals(torch.linalg.qr(short.T, mode="r").R)
+        rank = int((values > values[0] * max(equations, unknowns) * epsilon).sum())
+        full = rank == unknowns
+        return cls(
+            unknowns=unknowns,
+            equations=equations,
+            rank=rank,
+            largest=float(values[0]),
+            smallest=float(values[-1]) if equations >= unknowns else 0.0,
+            inverse_squares=float((1 / values.square()).sum()) if full else math.inf,
+            weakest=_weakest(gram, float(values[0])) if full else None,
+        )
+
+    @property
+    def full_rank(self) -> bool:
+        return self.rank == self.unknowns
+
+    @property
+    def condition(self) -> float:
+        return self.largest / self.smallest if self.smallest > 0 else math.inf
+
+
+def _weakest(gram: Tensor, largest: float, iterations: int = 8) -> Tensor:
+    """Unit eigenvector of the smallest eigenvalue, by inverse iteration."""
+    shift = largest**2 * torch.finfo(gram.dtype).eps * 10
+    factor = torch.linalg.cholesky(gram + shift * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
+    vector = torch.ones(len(gram), 1, dtype=gram.dtype, device=gram.device)
+    for _ in range(iterations):
+        vector = torch.cholesky_solve(vector, factor)
+        vector = vector / vector.norm()
+    return vector[:, 0]

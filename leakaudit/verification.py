@@ -1,0 +1,260 @@
+"""What a reconstruction proves without the truth.
+
+The update of the reconstruction x is simulated again and compared with the
+observed one.  With residual r = g(x) - g*, where g* = g(x_true) + e and |e| is at most the
+floor, first-order expansion gives J (x_true - x) = -(r + e), so every nearby solution lies within
+
+    |x_true - x| <= (|r| + floor) / s,    s the smallest singular value of J.
+
+This is a local, first-order bound: it says nothing about solutions far away, the
+Jacobian of a ReLU network holds only while no activation changes sign, and an
+update does not tell the order of the batch, so "the" solution is one up to permutation.
+The bound is dropped when the update along the weakest direction departs from its
+linear prediction at that distance.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from leakaudit.attacks.jacobian import Spectrum, System
+from leakaudit.attacks.labels import storage_precision
+from leakaudit.randomness import fork
+from leakaudit.results import Verification
+from leakaudit.threat import View
+from leakaudit.update import Update
+
+ROUNDING_SLACK = 4.0
+INFORMATIVE = 0.05
+LINEAR = 0.5
+LEVELS = 4096
+FLOPS = {"cpu": 1e10}
+FLOPS_ELSEWHERE = 5e11
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a verification may cost.
+
+    Attributes:
+        unknowns: largest number of unknowns for which the Jacobian is formed.
+        gigabytes: largest Jacobian with its Gram matrix.
+        seconds: longest estimated time, judged by timing a few columns.
+    """
+
+    unknowns: int = 13_000
+    gigabytes: float = 4.0
+    seconds: float = 120.0
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The error that an honest update carries.
+
+    Attributes:
+        rms: error of one number of each tensor, root mean square.
+        norm: bound on the error's length over all tensors, in units of the update.
+        source: where it comes from, for the reader.
+    """
+
+    rms: dict[str, float]
+    norm: float
+    source: str
+
+
+def verify(view: View, x: Tensor, y: Tensor, budget: Budget | None = None) -> Verification:
+    """Compare the update of (x, y) with the observed one, and bound how far a true solution can be.
+
+    Args:
+        x: (N, C, H, W) model inputs.
+        y: (N,) integers or (N, K) probabilities, taken as given.
+        budget: when to leave the Jacobian out; the reason is in the result.
+
+    In the result `residual` and `floor` are relative to the norm of the observed update; singular
+    values are those of the Jacobian with every equation divided by its expected error, per pixel in
+    units of [0, 1]; `distance` is the root mean square over all pixels in the same units (of
+    model inputs when the normalisation is unknown).
+    """
+    exact = view.to(dtype=torch.float64)
+    x = x.detach().to(exact.victim.device, torch.float64)
+    y = y.detach().to(exact.victim.device, torch.float64 if y.is_floating_point() else None)
+    residual = exact.residual(x, y)
+    floor = expected_error(view, x, y)
+    relative = floor.norm / float(exact.observed.norm())
+    found = Verification(
+        status="not-matched",
+        text=f"its update differs from the observed one by {residual:.1e} of its norm; "
+        f"{floor.source} explains {relative:.1e}",
+        residual=residual,
+        floor=relative,
+        unknowns=view.unknowns,
+    )
+    if not residual <= relative:
+        return found
+    budget = budget or Budget()
+    if view.unknowns > budget.unknowns:
+        reason = f"{view.unknowns:,} unknowns, more than the limit of {budget.unknowns:,} for a Jacobian"
+        return _consistent(found, floor, reason)
+    weights = {name: 1 / rms for name, rms in floor.rms.items()}
+    system = System.of(exact, y, fork(0, "verification"), weights=weights)
+    dear = _too_dear(system, system.point(x), budget)
+    return _consistent(found, floor, dear) if dear else _bound(found, system, system.point(x), floor)
+
+
+def expected_error(view: View, x: Tensor, y: Tensor) -> Floor:
+    """How far the observed update may be from the exact one of the true data.
+
+    Known noise; else visible quantisation; else rounding: the difference between float32 and
+    float64 simulations at (x, y), scaled to the precision the numbers are stored in, times 4,
+    since the client rounded differently.
+    """
+    noise = view.knowledge.noise_std.value
+    numbers = view.observed.numel()
+    if noise:
+        spread = 1 + 3 / math.sqrt(2 * numbers)  # |noise| concentrates: three standard deviations
+        return Floor(
+            dict.fromkeys(view.observed, float(noise)), spread * noise * math.sqrt(numbers), "known noise"
+        )
+    steps = {name: quantisation_step(tensor) for name, tensor in view.observed.items()}
+    rounding = _rounding(view, x, y)
+    rms = {name: max(rounding[name], steps[name] / 2) for name in rounding}
+    norm = math.sqrt(sum(value**2 * view.observed[name].numel() for name, value in rms.items()))
+    return Floor(rms, norm, "quantisation" if any(steps.values()) else "rounding")
+
+
+def quantisation_step(tensor: Tensor) -> float:
+    """Distance of the levels when the numbers lie on few, evenly spaced ones; else 0."""
+    levels: Tensor = torch.unique(tensor.detach().double())
+    if not 3 <= len(levels) <= min(LEVELS, tensor.numel() // 4):
+        return 0.0
+    step = float(levels.diff().min())
+    position = (levels - levels[0]) / step
+    return step if float((position - position.round()).abs().max()) < 1e-2 else 0.0
+
+
+def _rounding(view: View, x: Tensor, y: Tensor) -> dict[str, float]:
+    single, double = (
+        _simulate(view.to(dtype=dtype), x, y, dtype) for dtype in (torch.float32, torch.float64)
+    )
+    eps32 = torch.finfo(torch.float32).eps
+    rms: dict[str, float] = {}
+    for name, observed in view.observed.items():
+        eps = storage_precision(observed)
+        size = _rms(double[name])
+        measured = _rms(single[name].double() - double[name])
+        stored = eps * size if eps > eps32 else 0.0
+        rms[name] = ROUNDING_SLACK * max(measured * min(1.0, eps / eps32), eps * size / 4, stored)
+    least = max(rms.values()) * 1e-6
+    return {name: max(value, least) for name, value in rms.items()}
+
+
+def _simulate(view: View, x: Tensor, y: Tensor, dtype: torch.dtype) -> Update:
+    update = view.simulate(x.to(dtype), y.to(dtype) if y.is_floating_point() else y).detach()
+    if not view.scale_free:
+        return update
+    return update * (float(view.observed.norm()) / float(update.norm()))
+
+
+def _rms(tensor: Tensor) -> float:
+    return float(tensor.double().square().mean().sqrt())
+
+
+def _too_dear(system: System, point: Tensor, budget: Budget) -> str:
+    """Why the Jacobian is not formed, or an empty string."""
+    if system.bytes > budget.gigabytes * 1e9:
+        return (
+            f"the Jacobian takes {system.bytes / 1e9:.1f} GB, more than the limit of {budget.gigabytes:g} GB"
+        )
+    try:
+        seconds = _seconds(system, point)
+    except RuntimeError as error:
+        return f"the Jacobian cannot be computed: {str(error).splitlines()[0]}"
+    if seconds > budget.seconds:
+        return f"the Jacobian takes about {seconds:.0f} s, more than the limit of {budget.seconds:g} s"
+    return ""
+
+
+def _seconds(system: System, point: Tensor) -> float:
+    """Estimate from the time of one chunk of columns and the operation count of what follows."""
+    started = time.monotonic()
+    columns = system.probe(point)
+    differentiation = (time.monotonic() - started) * system.unknowns / columns
+    short, long = sorted((system.unknowns, len(system.target)))
+    operations = 2 * short * short * long + 4 * short**3
+    return differentiation + operations / FLOPS.get(system.target.device.type, FLOPS_ELSEWHERE)
+
+
+def _bound(found: Verification, system: System, point: Tensor, floor: Floor) -> Verification:
+    """Singular values at `point` and the distance they allow."""
+    std = _pixel_scale(system)
+    columns = system.jacobian(point) / std
+    spectrum = Spectrum.of(columns)
+    error = math.sqrt(system.view.observed.numel()) / (system.length if system.view.scale_free else 1)
+    length = (
+        (float(system.residual(point).norm()) + error) / spectrum.smallest if spectrum.smallest else math.inf
+    )
+    distance = length / math.sqrt(spectrum.unknowns)
+    found = found.model_copy(
+        update={
+            "smallest_singular_value": spectrum.smallest,
+            "largest_singular_value": spectrum.largest,
+            "rank": spectrum.rank,
+            "equations": spectrum.equations,
+            "distance": distance if spectrum.full_rank else None,
+        }
+    )
+    if spectrum.weakest is None:
+        return _consistent(
+            found,
+            floor,
+            f"the Jacobian has rank {spectrum.rank:,} of {spectrum.unknowns:,}, so "
+            f"{spectrum.unknowns - spectrum.rank:,} directions can change without changing the update",
+        )
+    if distance > INFORMATIVE:
+        reason = f"{floor.source} allows a distance of {distance:.1e} of the pixel range"
+        return _consistent(found, floor, f"condition {spectrum.condition:.1e}: {reason}")
+    step = length * spectrum.weakest
+    departure = _departure(system, point, (step / std).view(point.shape), columns @ step)
+    if departure > LINEAR:
+        reason = f"over a distance of {distance:.1e} the update is not linear (off by {departure:.0%})"
+        return _consistent(found, floor, reason)
+    unit = "pixel" if system.view.victim.space.std is not None else "input number (normalisation unknown)"
+    text = (
+        f"{_matches(found, floor)}, and the Jacobian has full rank ({spectrum.unknowns:,}, "
+        f"condition {spectrum.condition:.1e}): every nearby input with this update and these labels "
+        f"lies within {distance:.1e} RMS per {unit} (first order, up to the order of the batch)"
+    )
+    return found.model_copy(update={"status": "verified", "text": text})
+
+
+def _departure(system: System, point: Tensor, step: Tensor, predicted: Tensor) -> float:
+    """Relative departure of the update from its linear prediction at `point` plus and minus `step`."""
+    with torch.no_grad():
+        here = system.predict(point)
+        errors = [(system.predict(point + sign * step) - here - sign * predicted).norm() for sign in (1, -1)]
+    return float(max(errors) / predicted.norm())
+
+
+def _consistent(found: Verification, floor: Floor, reason: str) -> Verification:
+    text = f"{_matches(found, floor)}, but other inputs may share it: {reason}"
+    return found.model_copy(update={"status": "consistent", "text": text, "reason": reason})
+
+
+def _matches(found: Verification, floor: Floor) -> str:
+    return (
+        f"its update equals the observed one up to {found.residual:.1e} of its norm, "
+        f"within the {found.floor:.1e} that {floor.source} explains"
+    )
+
+
+def _pixel_scale(system: System) -> Tensor:
+    """Model-input units -> pixels of [0, 1], for every unknown: (n,)."""
+    space = system.view.victim.space
+    std = torch.tensor(space.std or (1.0,) * space.shape[0]).to(system.target)
+    one = std.view(-1, 1, 1).expand(space.shape).reshape(-1)
+    return one.repeat(system.view.round.num_examples)
