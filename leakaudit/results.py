@@ -6,9 +6,10 @@ relative to the run folder; tensors live in `reconstruction.safetensors`.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from leakaudit.errors import EXIT_INCONCLUSIVE, EXIT_LEAKAGE, EXIT_WITHIN_POLICY
 
@@ -218,6 +219,24 @@ class AuditResult(Value):
     interrupted: bool = False
     redacted: bool = False
     title: str = "Gradient-inversion audit"
+    _folder: Path | None = PrivateAttr(default=None)
+
+    @property
+    def folder(self) -> Path | None:
+        """The run folder the result was written to or read from, when known."""
+        return self._folder
+
+    def in_folder(self, folder: Path | None) -> AuditResult:
+        """The same result, knowing the run folder its pictures lie in; never part of the JSON."""
+        copy = self.model_copy()
+        copy._folder = folder
+        return copy
+
+    def _repr_html_(self) -> str:
+        """The whole report, framed for a notebook; with pictures when the run folder is known."""
+        from leakaudit.report.html import render_notebook  # the report renders results, so only when asked
+
+        return render_notebook(self, self._folder)
 
     @property
     def exit_code(self) -> int:

@@ -1,0 +1,45 @@
+"""Taking the private examples out of a result, so that a report can be handed on."""
+
+from __future__ import annotations
+
+import re
+
+from leakaudit.results import AuditResult, ExampleScores, KnowledgeRow, Trial
+
+WITHHELD = "withheld"
+
+
+def redact(result: AuditResult) -> AuditResult:
+    """The result without original pictures, difference pictures and true labels.
+
+    A difference picture and the reconstruction together give the original back, so it
+    goes too; so do labels the adversary was given, for those are the true ones.
+    Reconstructions, scores and labels the attack inferred stay: they are what leaked.
+    """
+    given = any(row.name == "labels" and row.status == "known" for row in result.knowledge)
+    return result.model_copy(
+        update={
+            "redacted": True,
+            "knowledge": [_without_given_labels(row) for row in result.knowledge],
+            "trials": [_without_truth(trial, given) for trial in result.trials],
+            "command": re.sub(r"(--labels?)([ =]+)\S+", rf"\1\2{WITHHELD}", result.command),
+        }
+    )
+
+
+def _without_given_labels(row: KnowledgeRow) -> KnowledgeRow:
+    given = row.name == "labels" and row.status == "known"
+    return row.model_copy(update={"text": WITHHELD}) if given else row
+
+
+def _without_truth(trial: Trial, labels_given: bool) -> Trial:
+    return trial.model_copy(
+        update={"examples": [_blind(example, labels_given) for example in trial.examples]}
+    )
+
+
+def _blind(example: ExampleScores, labels_given: bool) -> ExampleScores:
+    hidden: dict[str, str | None] = {"original": None, "difference": None, "true_label": None}
+    if labels_given:
+        hidden["recovered_label"] = None
+    return example.model_copy(update=hidden)
