@@ -1,0 +1,159 @@
+"""The client's side of one round: a private batch -> the file the server sees.
+
+The truth goes to its own file (`leakaudit.data.save_truth`); nothing here writes labels
+or pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from leakaudit.data import PrivateBatch
+from leakaudit.defenses import Defense, GaussianNoise, apply
+from leakaudit.errors import InputError
+from leakaudit.formats.checkpoint import parameters_sha256
+from leakaudit.formats.manifest import Manifest, build_manifest
+from leakaudit.formats.phrases import counted
+from leakaudit.formats.writing import CREATED_BY, write_update
+from leakaudit.models.victim import LOSSES, Victim
+from leakaudit.randomness import fork
+from leakaudit.rounds import Round, client_update, trained_buffers
+from leakaudit.update import Update
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What one client shares.
+
+    Attributes:
+        update: the pseudo-gradient after defenses, in the victim's parameter order.
+        buffers: BatchNorm statistics and the like after training; empty when not shared.
+        manifest: how it was made, without anything private.
+    """
+
+    update: Update
+    buffers: dict[str, Tensor]
+    manifest: Manifest
+
+
+def capture(
+    victim: Victim,
+    batch: PrivateBatch,
+    round: Round,
+    *,
+    defenses: Sequence[tuple[str, Defense]] = (),
+    include_buffers: bool = False,
+    seed: int = 0,
+) -> Captured:
+    """Run one client's round on `batch` and keep what it uploads.
+
+    Args:
+        victim: the model as downloaded; its mode, loss and normalisation are the client's.
+        batch: exactly `round.num_examples` private examples.
+        defenses: (spec, defense) in the order they are applied, the spec for the manifest.
+        include_buffers: also share buffers, as a client that uploads its state dict does.
+            They move only in train mode; defenses do not touch them.
+        seed: of the defenses' randomness.
+
+    One local step is FedSGD (McMahan et al. 2017) and gives a gradient; several give a delta.
+    Raises `InputError` when the batch does not fit the round or the model, or the update
+    is not finite (a learning rate too large).
+    """
+    if len(batch) != round.num_examples:
+        raise InputError(f"the round takes {round.num_examples} examples, the batch holds {len(batch)}")
+    if tuple(batch.pixels.shape[1:]) != victim.space.shape:
+        raise InputError(
+            f"images of shape {tuple(batch.pixels.shape[1:])} for inputs of {victim.space.shape}"
+        )
+    if int(batch.labels.max()) >= victim.num_classes:
+        raise InputError(f"label {int(batch.labels.max())} for a model of {victim.num_classes} classes")
+    x = victim.space.encode(batch.pixels.to(victim.device, victim.dtype))
+    y = batch.labels.to(victim.device)
+    client = apply(client_update, [defense for _, defense in defenses], fork(seed, "capture/defenses"))
+    update = client(victim, victim.params, round, x, y).detach().to("cpu")
+    if not update.is_finite():
+        raise InputError(
+            f"the update is not finite after {counted(round.local_steps, 'step')} with"
+            f" learning_rate={round.learning_rate}; lower it"
+        )
+    buffers: dict[str, Tensor] = {}
+    if include_buffers:
+        moved = trained_buffers(victim, round, x, y) if victim.mode == "train" else victim.buffers
+        buffers = {name: tensor.detach().cpu().clone() for name, tensor in moved.items()}
+    return Captured(update, buffers, _manifest(victim, round, update, buffers, defenses))
+
+
+def write_captured(path: str | Path, captured: Captured) -> None:
+    """Write the update as .safetensors: the gradient, or for several local steps the real difference of
+    parameters, before minus after, which is learning rate times pseudo-gradient.
+
+    Raises `InputError` for another suffix or a folder that cannot be written.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".safetensors":
+        raise InputError(f"updates are saved as .safetensors, got {path.name!r}")
+    manifest = captured.manifest
+    shared = captured.update
+    if manifest.kind == "delta":
+        assert manifest.learning_rate is not None  # `capture` always states it
+        shared = shared * manifest.learning_rate
+    write_update(path, {**shared, **captured.buffers}, manifest)
+
+
+def steps_of_epochs(epochs: int, num_examples: int, local_batch_size: int | None = None) -> int:
+    """Local SGD steps in `epochs` passes over the examples; the last batch of a pass may be short."""
+    size = local_batch_size or num_examples
+    if epochs < 1 or num_examples < 1 or size < 1:
+        raise InputError(
+            f"epochs={epochs}, num_examples={num_examples}, local_batch_size={size}: accepted are 1 and above"
+        )
+    return epochs * -(-num_examples // size)
+
+
+def _manifest(
+    victim: Victim,
+    round: Round,
+    update: Update,
+    buffers: dict[str, Tensor],
+    defenses: Sequence[tuple[str, Defense]],
+) -> Manifest:
+    single = round.local_steps == 1
+    loss, reduction = _loss(victim)
+    space = victim.space
+    return build_manifest(
+        {
+            "kind": "gradient" if single else "delta",
+            "sign": None if single else "before-minus-after",
+            "learning_rate": None if single else round.learning_rate,
+            "local_steps": round.local_steps,
+            "num_examples": round.num_examples,
+            "local_batch_size": round.local_batch_size,
+            "loss": loss,
+            "reduction": reduction,
+            "mode": victim.mode,
+            "normalisation": None if space.mean is None else {"mean": space.mean, "std": space.std},
+            "input_shape": space.shape,
+            "num_classes": victim.num_classes,
+            "model": victim.name,
+            "checkpoint_sha256": parameters_sha256({**victim.params, **victim.frozen}),
+            "defenses": tuple(text for text, _ in defenses),
+            "noise_std": _noise(defenses),
+            "parameter_order": tuple(update),
+            "buffers": tuple(buffers),
+            "created_by": CREATED_BY,
+        }
+    )
+
+
+def _loss(victim: Victim) -> tuple[str | None, str | None]:
+    return next((key for key, function in LOSSES.items() if function is victim.loss_function), (None, None))
+
+
+def _noise(defenses: Sequence[tuple[str, Defense]]) -> float | None:
+    """Standard deviation of noise on the update as shared, when nothing changes it afterwards."""
+    last = defenses[-1][1] if defenses else None
+    return last.std if isinstance(last, GaussianNoise) else None
