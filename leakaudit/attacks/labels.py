@@ -223,11 +223,13 @@ def head_consistency(view: View) -> HeadConsistency | None:
 
 
 def effective_rank(matrix: Tensor, epsilon: float) -> int:
-    """Singular values of (K, F) `matrix` above the rounding error of numbers with precision `epsilon`."""
+    """Singular values of (K, F) `matrix` that rounding errors of relative size `epsilon` cannot make.
+
+    Independent errors of rms e have singular values up to e (sqrt K + sqrt F); twice that is the threshold.
+    """
     values = torch.linalg.svdvals(matrix.double())
-    if not float(values[0]) > 0:
-        return 0
-    return int((values > values[0] * epsilon * max(matrix.shape) ** 0.5 * 4).sum())
+    rms = float(values.square().sum() / matrix.numel()) ** 0.5
+    return int((values > 2 * epsilon * rms * (matrix.shape[0] ** 0.5 + matrix.shape[1] ** 0.5)).sum())
 
 
 def storage_precision(tensor: Tensor) -> float:
@@ -398,8 +400,15 @@ def _build(view: View, weight: str | None, bias: str | None, divisor: float, sca
         weight_gradient=None if weight is None else _exact(view.observed[weight]) / divisor,
         bias_gradient=None if bias is None else _exact(view.observed[bias]) / divisor,
         scaled=scaled,
-        epsilon=max(storage_precision(tensor) for tensor in observed),
+        epsilon=max(_precision(view, tensor) for tensor in observed),
     )
+
+
+def _precision(view: View, tensor: Tensor) -> float:
+    """Relative precision of the numbers of a shared tensor, by their storage and by `view.rounding`."""
+    error = view.rounding * float(view.observed.norm()) / view.observed.numel() ** 0.5
+    size = float(tensor.double().square().mean().sqrt())
+    return max(storage_precision(tensor), error / size if size > 0 else 0.0)
 
 
 def _monotone_output_bias(victim: Victim) -> str | None:
@@ -421,10 +430,13 @@ def _monotone_output_bias(victim: Victim) -> str | None:
 
 
 def _tolerance(head: HeadGradient, factor: float) -> float:
-    """Relative rounding error of p - onehot: p is rounded to about `epsilon`, so small entries suffer."""
+    """Relative error to expect of p - onehot: the file's, and that of float32 arithmetic on probabilities.
+
+    The latter is absolute, some 1e-6, so it weighs more when the model is already sure of the label.
+    """
     assert head.bias_gradient is not None
     largest = float(head.bias_gradient.abs().max()) / max(factor, 1e-300)
-    return min(0.1, 64 * head.epsilon * (8 + 1 / max(largest, 1e-300)))
+    return min(0.1, 2 * head.epsilon + 7e-6 * (8 + 1 / max(largest, 1e-300)))
 
 
 def _without(values: Tensor, index: int) -> Tensor:
