@@ -13,6 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from leakaudit.errors import InputError
+from leakaudit.formats.loading import SharedUpdate
 from leakaudit.models.victim import Victim
 from leakaudit.rounds import ClientUpdate, Round, client_update
 from leakaudit.update import Update
@@ -103,6 +105,7 @@ class View:
         observed: the shared update, restricted to parameters of the victim.
         knowledge: what is known besides.
         client: how the adversary simulates a client; a defense it knows is simulated too.
+        rounding: relative error of the observed update from how its file stored it, >= 0.
     """
 
     victim: Victim
@@ -110,6 +113,7 @@ class View:
     observed: Update
     knowledge: Knowledge = field(default_factory=Knowledge)
     client: ClientUpdate = client_update
+    rounding: float = 0.0
 
     def simulate(self, x: Tensor, y: Tensor) -> Update:
         """The update a client holding (x, y) would share, differentiable in x and y."""
@@ -135,8 +139,8 @@ class View:
         simulated = self.simulate(x, y).detach()
         length = self.observed.norm()
         if self.scale_free:
-            cosine = float(simulated.dot(self.observed) / (simulated.norm() * length))
-            return 1.0 if not cosine > 0 else max(0.0, 1 - cosine**2) ** 0.5
+            fit = float(simulated.dot(self.observed) / simulated.dot(simulated))
+            return 1.0 if not fit > 0 else float((simulated * fit - self.observed).norm() / length)
         return float((simulated - self.observed).norm() / length)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> View:
@@ -144,3 +148,62 @@ class View:
         return replace(
             self, victim=self.victim.to(device, dtype), observed=self.observed.to(device=device, dtype=dtype)
         )
+
+
+def see(victim: Victim, shared: SharedUpdate, labels: Tensor | None = None) -> View:
+    """The adversary's view of a file: what its manifest says is known, the rest is not.
+
+    Args:
+        victim: the downloaded model, built as the manifest or the user says.
+        shared: the file, read by `leakaudit.formats.loading.load_update`.
+        labels: (N,) integers given to the adversary, which makes the setting an upper bound.
+
+    An unknown batch size or step count is assumed to be 1 until `leakaudit.hypotheses` knows better.
+    Raises `InputError` when the manifest contradicts itself, or the labels their number.
+    """
+    manifest = shared.manifest
+    count = manifest.num_examples or (None if labels is None else len(labels))
+    if labels is not None and len(labels) != count:
+        raise InputError(f"{len(labels)} labels given for an update of {count} examples")
+    steps = manifest.local_steps or (1 if manifest.kind == "gradient" else None)
+    try:
+        round = Round(
+            num_examples=count or 1,
+            local_steps=steps or 1,
+            local_batch_size=manifest.local_batch_size,
+            learning_rate=manifest.learning_rate or 1.0,
+        )
+    except ValueError as error:
+        raise InputError(f"the manifest is not a round: {error}") from error
+    knowledge = Knowledge(
+        labels=UNKNOWN if labels is None else known(labels, "given by the user", upper_bound=True),
+        batch_size=_said(count, "assumed 1"),
+        local_steps=_said(steps, "assumed 1"),
+        local_batch_size=_said(manifest.local_batch_size, "assumed the whole batch"),
+        learning_rate=_said(manifest.learning_rate, "not needed for one step"),
+        mode=_mode(victim, manifest.mode),
+        loss=_said(
+            None if manifest.loss is None else f"{manifest.loss}/{manifest.reduction or 'mean'}",
+            "assumed cross-entropy, mean",
+        ),
+        normalisation=_said(
+            None if victim.space.mean is None else (victim.space.mean, victim.space.std),
+            "pixels are shown as model inputs, without a box to stay in",
+        ),
+        defense=_said(manifest.defenses, "assumed none"),
+        noise_std=_said(manifest.noise_std or None, ""),
+        scale=_said(shared.has_scale, ""),
+    )
+    return View(victim, round, shared.update, knowledge, rounding=shared.rounding)
+
+
+def _said(value: Any, otherwise: str) -> Fact:
+    return Fact(source=otherwise) if value is None else known(value, "manifest or option")
+
+
+def _mode(victim: Victim, mode: str | None) -> Fact:
+    if mode is not None:
+        return known(mode, "manifest or option")
+    if not victim.batch_norms():
+        return inferred(victim.mode, "no BatchNorm: both modes give the same gradients")
+    return Fact(source=f"assumed {victim.mode}")

@@ -1,0 +1,296 @@
+"""Everything the commands do, as functions.
+
+leakaudit.save_update("shared.safetensors", model, batch_size=8)      # in a training loop
+result = leakaudit.attack("shared.safetensors", "resnet20", checkpoint="model.pt")
+result = leakaudit.audit("lenet", "photos/", num_examples=4)
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+
+from leakaudit.audit import Settings, Subject
+from leakaudit.audit import audit as run_audit
+from leakaudit.capture import Captured, capture, steps_of_epochs, write_captured
+from leakaudit.data import PrivateBatch, load_batch, save_truth
+from leakaudit.defenses import DEFENSES
+from leakaudit.errors import InputError
+from leakaudit.execution import OnProgress, Plan, choose
+from leakaudit.formats.checkpoint import save_checkpoint
+from leakaudit.formats.manifest import Manifest
+from leakaudit.metrics import DEFAULT_METRICS, METRICS
+from leakaudit.models.victim import Mode, Victim
+from leakaudit.models.zoo import load_victim, parse_normalisation
+from leakaudit.policy import DEFAULT_POLICY, parse_policy
+from leakaudit.report.folder import RESULT_NAME, read_run, write_run
+from leakaudit.results import AuditResult
+from leakaudit.rounds import Round
+from leakaudit.spec import format_spec, parse, suggest
+from leakaudit.subject import Sources, open_update, read_pool, read_truth
+
+
+def attack(
+    update: str | Path,
+    model: str | nn.Module | None = None,
+    *,
+    checkpoint: str | Path | None = None,
+    before: str | Path | None = None,
+    manifest: Manifest | None = None,
+    labels: Sequence[int] | None = None,
+    truth: str | Path | None = None,
+    pool: str | Path | None = None,
+    attacks: Sequence[str] = ("auto",),
+    seed: int = 0,
+    budget: float | None = None,
+    restarts: int | None = None,
+    policy: str = DEFAULT_POLICY,
+    metrics: Sequence[str] | None = None,
+    controls: bool = True,
+    redact: bool = False,
+    device: str = "auto",
+    out: str | Path | None = None,
+    force: bool = False,
+    on_progress: OnProgress | None = None,
+    command: str = "",
+    title: str = "Gradient-inversion audit",
+) -> AuditResult:
+    """Attack a saved update, and write result.json, report.html and pictures to `out`.
+
+    Args:
+        update: the file the client shared; model, checkpoint, before, manifest, labels, truth,
+            pool, device: see `leakaudit.subject.Sources`.
+        attacks, seed, budget (seconds), restarts: see `leakaudit.execution.Plan`.
+        policy: thresholds that count as leakage, such as "psnr>20,ssim>0.5", or "never".
+        metrics: names of `leakaudit.metrics.METRICS`; None for mse, psnr, ssim and lpips.
+        controls: run the positive control when nothing was recovered.
+        redact: leave the originals out of everything written.
+        out: the run folder; None for a new temporary one (`result.folder` says where).  A folder with
+            the finished run of another update is refused without `force`.
+
+    Returns the same result that the command writes.  Raises `InputError` for anything that cannot be used.
+    """
+    list(choose(tuple(attacks)))  # an unknown attack is an error now, not after reading everything
+    settings = Settings(
+        plan=Plan(attacks=tuple(attacks), seed=seed, budget=_positive(budget, "budget"), restarts=restarts),
+        policy=parse_policy(policy),
+        metrics=_metrics(metrics),
+        controls=controls,
+        redact=redact,
+        command=command,
+        title=title,
+    )
+    sources = Sources(update, model, checkpoint, before, manifest, labels, truth, pool, device)
+    opened = open_update(sources, seed)
+    subject = Subject(
+        view=opened.view,
+        inspection=opened.inspection,
+        truth=None if truth is None else read_truth(truth, opened.view),
+        pool=None if truth is None else read_pool(pool, opened.view),
+        files=opened.files,
+        findings=opened.findings,
+        checkpoint=None if checkpoint is None else Path(checkpoint).name,
+    )
+    folder = _run_folder(out, opened.files, force)
+    return write_run(run_audit(subject, settings, folder, on_progress), folder)
+
+
+def audit(
+    model: str,
+    data: str | Path,
+    *,
+    checkpoint: str | Path | None = None,
+    num_examples: int = 1,
+    batch_size: int | None = None,
+    local_steps: int = 1,
+    learning_rate: float | None = None,
+    mode: Mode = "eval",
+    normalisation: str = "none",
+    defenses: Sequence[str] = (),
+    attacks: Sequence[str] = ("auto",),
+    seed: int = 0,
+    budget: float | None = None,
+    out: str | Path | None = None,
+    on_progress: OnProgress | None = None,
+) -> AuditResult:
+    """Capture an update from your own data and attack it, truth at hand: `capture_update`, then `attack`.
+
+    The files of the capture are kept in `out`, beside the result.  Arguments as for those two.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="leakaudit-")) if out is None else Path(out)
+    shared, truth, saved = (folder / f"{name}.safetensors" for name in ("shared", "truth", "model"))
+    capture_update(
+        model,
+        data,
+        shared,
+        truth=truth,
+        checkpoint=checkpoint,
+        save_model=saved,
+        batch_size=batch_size or num_examples,
+        num_examples=num_examples,
+        local_steps=local_steps,
+        learning_rate=learning_rate,
+        mode=mode,
+        normalisation=normalisation,
+        defenses=defenses,
+        seed=seed,
+    )
+    return attack(
+        shared,
+        model,
+        checkpoint=saved,
+        truth=truth,
+        attacks=attacks,
+        seed=seed,
+        budget=budget,
+        out=folder,
+        on_progress=on_progress,
+    )
+
+
+def capture_update(
+    model: str,
+    data: str | Path,
+    out: str | Path,
+    *,
+    truth: str | Path | None = None,
+    checkpoint: str | Path | None = None,
+    save_model: str | Path | None = None,
+    batch_size: int = 1,
+    num_examples: int | None = None,
+    start: int = 0,
+    local_steps: int | None = None,
+    epochs: int | None = None,
+    learning_rate: float | None = None,
+    mode: Mode = "eval",
+    normalisation: str = "none",
+    input_shape: tuple[int, int, int] | None = None,
+    num_classes: int | None = None,
+    reduction: str = "mean",
+    buffers: bool = False,
+    defenses: Sequence[str] = (),
+    seed: int = 0,
+) -> list[str]:
+    """Run one client's round on real images and save what it would share.
+
+    Args:
+        model, checkpoint: see `leakaudit.models.zoo`; without a checkpoint the model is fresh from `seed`.
+        data, start, num_examples: see `leakaudit.data.load_batch`; num_examples is batch_size by default.
+        out, truth, save_model: files to write, all .safetensors.
+        batch_size, local_steps or epochs, learning_rate: the round; several steps need a learning rate.
+        normalisation: see `parse_normalisation`.
+        defenses: specs of `leakaudit.defenses.DEFENSES`, in order.
+
+    Returns what was written and assumed, in sentences.  Raises `InputError` for anything that does not fit.
+    """
+    if mode not in ("train", "eval"):
+        raise InputError(f"mode {mode!r}{suggest(mode, ('train', 'eval'))}; accepted: train, eval")
+    wrapped = [(_defense_spec(text), parse(text, DEFENSES, "defense")) for text in defenses]
+    round = _round(batch_size, num_examples, local_steps, epochs, learning_rate)
+    victim = load_victim(
+        model,
+        checkpoint=checkpoint,
+        num_classes=num_classes,
+        input_shape=input_shape,
+        normalisation=parse_normalisation(normalisation),
+        mode=mode,
+        reduction=reduction,
+        seed=seed,
+    )
+    batch = load_batch(data, victim.space.shape, round.num_examples, start=start, classes=victim.num_classes)
+    captured = capture(victim, batch, round, defenses=wrapped, include_buffers=buffers, seed=seed)
+    return _write(captured, victim, batch, Path(out), truth, save_model)
+
+
+def _write(
+    captured: Captured,
+    victim: Victim,
+    batch: PrivateBatch,
+    out: Path,
+    truth: str | Path | None,
+    save_model: str | Path | None,
+) -> list[str]:
+    lines = list(batch.notes)
+    write_captured(out, captured)
+    manifest = captured.manifest
+    lines.append(
+        f"Update: {out} ({manifest.kind} of {manifest.num_examples} examples, {manifest.local_steps} local steps, "
+        f"{manifest.mode} mode, {captured.update.numel():,} numbers)"
+    )
+    if save_model is not None:
+        save_checkpoint(victim.module, save_model)
+        lines.append(f"Model: {save_model}")
+    if truth is not None:
+        save_truth(truth, batch)
+        lines.append(f"Truth: {truth} (keep it to yourself)")
+    return lines
+
+
+def _round(
+    batch_size: int,
+    num_examples: int | None,
+    local_steps: int | None,
+    epochs: int | None,
+    learning_rate: float | None,
+) -> Round:
+    if local_steps is not None and epochs is not None:
+        raise InputError(f"local steps {local_steps} and epochs {epochs} given; accepted is one of them")
+    count = num_examples or batch_size
+    steps = steps_of_epochs(epochs, count, batch_size) if epochs is not None else local_steps
+    steps = 1 if steps is None else steps
+    if steps > 1 and learning_rate is None:
+        raise InputError(f"{steps} local steps need a learning rate")
+    try:
+        return Round(
+            num_examples=count,
+            local_steps=steps,
+            local_batch_size=batch_size if batch_size < count else None,
+            learning_rate=1.0 if learning_rate is None else learning_rate,
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def _defense_spec(text: str) -> str:
+    name = text.partition(":")[0].strip()
+    return format_spec(name, parse(text, DEFENSES, "defense"), DEFENSES[name])
+
+
+def _metrics(names: Sequence[str] | None) -> tuple[str, ...]:
+    for name in names or ():
+        if name not in METRICS:
+            raise InputError(f"unknown metric {name!r}{suggest(name, METRICS)}; known: {', '.join(METRICS)}")
+    return tuple(names) if names else DEFAULT_METRICS
+
+
+def _positive(value: float | None, what: str) -> float | None:
+    if value is not None and not value > 0:
+        raise InputError(f"{what} {value:g} is not positive")
+    return value
+
+
+def _run_folder(out: str | Path | None, files: dict[str, str], force: bool) -> Path:
+    """The folder to write to; `InputError` when it holds the run of another update."""
+    if out is None:
+        return Path(tempfile.mkdtemp(prefix="leakaudit-"))
+    folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is not a folder")
+    if (
+        (folder / RESULT_NAME).exists()
+        and not force
+        and not set(files.values()) <= set(read_run(folder).files.values())
+    ):
+        raise InputError(
+            f"{folder} holds the run of another update; pass --force to overwrite it, or another --out"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror}") from error
+    return folder

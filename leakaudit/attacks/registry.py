@@ -1,0 +1,32 @@
+"""Every attack by name.  A preset is an instance; its citation stands where it is defined."""
+
+from __future__ import annotations
+
+from leakaudit.attacks.base import Attack
+from leakaudit.attacks.gradient_matching import DLG, IDLG, INVERTING_GRADIENTS
+from leakaudit.attacks.levenberg_marquardt import LevenbergMarquardt
+from leakaudit.attacks.linear import Linear, PatchEmbeddingInverse
+
+ATTACKS: dict[str, Attack] = {
+    "linear": Linear(),
+    "patch-embedding": PatchEmbeddingInverse(),
+    "levenberg-marquardt": LevenbergMarquardt(),
+    "dlg": DLG,
+    "idlg": IDLG,
+    "inverting-gradients": INVERTING_GRADIENTS,
+}
+
+DESCRIPTIONS: dict[str, str] = {
+    "linear": "closed form through the first fully connected layer (Phong et al. 2017, Boenisch et al. 2021)",
+    "patch-embedding": "closed form through a vision transformer's position embedding (after Lu et al. 2022)",
+    "levenberg-marquardt": "damped Gauss-Newton with the explicit Jacobian; machine precision on smooth networks",
+    "dlg": "L-BFGS on squared distance with joint soft labels (Zhu et al. 2019)",
+    "idlg": "as dlg, labels inferred first (Zhao et al. 2020)",
+    "inverting-gradients": "cosine distance, signed Adam, total variation (Geiping et al. 2020)",
+}
+
+AUTO = ("linear", "patch-embedding", "levenberg-marquardt", "idlg", "inverting-gradients")
+"""What `auto` tries, from cheap to dear."""
+
+EXPENSIVE = ("levenberg-marquardt", "dlg", "idlg")
+"""Attacks that need not run once another has matched the update: they could only match it again."""

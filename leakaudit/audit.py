@@ -1,0 +1,298 @@
+"""The one orchestrator of a single audit."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from leakaudit import __version__
+from leakaudit.data import PrivateBatch, control_photos
+from leakaudit.execution import OnProgress, Outcome, Plan, progress, run_attacks
+from leakaudit.formats.writing import save_tensors
+from leakaudit.hypotheses import Hypothesis, settle
+from leakaudit.illustration import Yardstick, illustrate
+from leakaudit.inspection import Inspection
+from leakaudit.judgement import floor_control, judge
+from leakaudit.metrics import DEFAULT_METRICS
+from leakaudit.policy import DEFAULT_POLICY, Policy, parse_policy
+from leakaudit.results import (
+    AuditResult,
+    Control,
+    Finding,
+    KnowledgeRow,
+    ModelSummary,
+    RoundSummary,
+    Trial,
+    Verdict,
+)
+from leakaudit.rounds import Round, client_update
+from leakaudit.threat import Fact, View, known
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is audited.
+
+    Attributes:
+        view: all that the adversary sees.
+        inspection: what the update gives away by itself.
+        truth: the private batch, or None when it is not at hand.
+        pool: (P, C, H, W) unrelated images in [0, 1], for chance levels and identification.
+        files: name -> sha256 of what was read.
+        findings: what reading the files showed.
+    """
+
+    view: View
+    inspection: Inspection
+    truth: PrivateBatch | None = None
+    pool: Tensor | None = None
+    files: dict[str, str] = field(default_factory=dict)
+    findings: tuple[Finding, ...] = ()
+    checkpoint: str | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to audit: what to run, what counts as leakage, and what to print on the report.
+
+    `controls`: run the positive control when nothing was recovered.
+    """
+
+    plan: Plan = field(default_factory=Plan)
+    policy: Policy = field(default_factory=lambda: parse_policy(DEFAULT_POLICY))
+    metrics: tuple[str, ...] = DEFAULT_METRICS
+    controls: bool = True
+    redact: bool = False
+    command: str = ""
+    title: str = "Gradient-inversion audit"
+
+
+def audit(
+    subject: Subject, settings: Settings, folder: Path, on_progress: OnProgress | None = None
+) -> AuditResult:
+    """Attack, score, judge; pictures and the best reconstruction go to `folder`.
+
+    Ctrl-C ends the attack in progress and keeps its best candidate; the result says so.  Finished
+    attempts lie in `folder`/attempts and are read back by the next run of the same audit.
+    """
+    began = time.monotonic()
+    plan = settings.plan
+    view, hypotheses = settle(subject.view, plan.seed, progress(on_progress, "unknown facts"))
+    outcomes, skipped = run_attacks(view, plan, folder / "attempts", on_progress)
+    best = _best(outcomes)
+    yardstick = Yardstick(
+        subject.truth, subject.pool, settings.metrics, settings.policy, plan.seed, settings.redact
+    )
+    trials = [
+        illustrate(outcome, view, yardstick, folder, best=index == best)
+        for index, outcome in enumerate(outcomes)
+    ]
+    if best is not None:
+        _save_reconstruction(folder, view, outcomes[best])
+    findings = [*subject.findings, *subject.inspection.findings, *_hypothesis_findings(hypotheses)]
+    controls = _controls(subject, view, settings, outcomes, trials, best, findings, folder, on_progress)
+    return AuditResult(
+        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        command=settings.command,
+        title=settings.title,
+        seed=plan.seed,
+        model=_model_summary(subject, view),
+        round=_round_summary(view),
+        setting=view.knowledge.setting,
+        knowledge=[knowledge_row(name, fact) for name, fact in view.knowledge],
+        findings=findings,
+        trials=trials,
+        skipped=skipped,
+        controls=controls,
+        best=best,
+        verdict=_judge(subject, settings, trials, best, controls, findings),
+        truth_known=subject.truth is not None,
+        seconds=time.monotonic() - began,
+        environment=environment(view.victim.device),
+        files=subject.files,
+        interrupted=any(trial.status == "interrupted" for trial in trials),
+        redacted=settings.redact,
+    )
+
+
+def _best(outcomes: Sequence[Outcome]) -> int | None:
+    residuals = {i: outcome.best.residual for i, outcome in enumerate(outcomes) if outcome.best is not None}
+    return min(residuals, key=lambda i: residuals[i], default=None)
+
+
+def _judge(
+    subject: Subject,
+    settings: Settings,
+    trials: Sequence[Trial],
+    best: int | None,
+    controls: Sequence[Control],
+    findings: Sequence[Finding],
+) -> Verdict:
+    return judge(
+        trials,
+        best,
+        controls,
+        settings.policy,
+        truth_known=subject.truth is not None,
+        findings=findings,
+    )
+
+
+def _save_reconstruction(folder: Path, view: View, outcome: Outcome) -> None:
+    assert outcome.best is not None
+    found = outcome.best.found
+    save_tensors(
+        folder / "reconstruction.safetensors",
+        {"pixels": view.victim.space.decode(found.x), "inputs": found.x, "labels": found.y},
+        {"attack": outcome.chosen.spec},
+    )
+
+
+# ------------------------------------------------------------------ controls
+
+
+def _controls(
+    subject: Subject,
+    view: View,
+    settings: Settings,
+    outcomes: Sequence[Outcome],
+    trials: Sequence[Trial],
+    best: int | None,
+    findings: Sequence[Finding],
+    folder: Path,
+    on_progress: OnProgress | None,
+) -> list[Control]:
+    """The floor where there is a truth; the positive control where the verdict hangs on it."""
+    if best is None:
+        return []
+    controls = [floor_control(trials[best].scores)] if subject.truth is not None else []
+    if _judge(subject, settings, trials, best, (), findings).status == "leaks":
+        text = "Not needed: the audited update itself was recovered."
+        return [*controls, Control(name="positive", passed=None, text=text)]
+    if not settings.controls or trials[best].status == "interrupted":
+        return controls
+    return [*controls, _positive_control(view, outcomes[best], settings, folder, on_progress)]
+
+
+def _positive_control(
+    view: View, outcome: Outcome, settings: Settings, folder: Path, on_progress: OnProgress | None
+) -> Control:
+    """The same attack on the undefended one-step gradient of one photo, through the same model."""
+    photo = control_photos(view.victim.space.shape).first(1)
+    x = view.victim.space.encode(photo.pixels).to(view.victim.device, view.victim.dtype)
+    y = photo.labels.to(view.victim.device) % view.victim.num_classes
+    round = Round(num_examples=1)
+    knowledge = replace(
+        view.knowledge,
+        labels=known(y, "control"),
+        batch_size=known(1, "control"),
+        local_steps=known(1, "control"),
+        defense=known((), "control"),
+        noise_std=Fact(),
+        statistics=Fact(),
+        scale=known(True, "control"),
+    )
+    observed = client_update(view.victim, view.victim.params, round, x, y).detach()
+    control = View(view.victim, round, observed.select(view.observed), knowledge)
+    plan = replace(settings.plan, attacks=(outcome.chosen.spec,), budget=None, restarts=None)
+    label = outcome.chosen.name
+    refused = outcome.chosen.attack.applies(control)
+    if refused is not None:
+        return Control(
+            name="positive", passed=None, text=f"Positive control: {label} does not apply to it: {refused}."
+        )
+    outcomes, _ = run_attacks(control, plan, folder / "attempts", on_progress)
+    yardstick = Yardstick(photo, None, settings.metrics, settings.policy, plan.seed)
+    trial = illustrate(outcomes[0], control, yardstick, folder / "control", best=False)
+    broken = settings.policy.broken_by(example.scores for example in trial.examples)
+    verdict = "succeeded" if broken else "failed too, so its failure above says nothing"
+    return Control(
+        name="positive",
+        passed=bool(broken),
+        text=f"Positive control: {label} on the undefended gradient of one photo {verdict}.",
+        scores=trial.scores,
+    )
+
+
+# ------------------------------------------------------------------ plain values for the report
+
+
+def knowledge_row(name: str, fact: Fact) -> KnowledgeRow:
+    return KnowledgeRow(
+        name=name,
+        status=fact.status,
+        text=_fact_text(fact),
+        source=fact.source,
+        upper_bound=fact.upper_bound,
+    )
+
+
+def _fact_text(fact: Fact) -> str:
+    value = fact.value
+    if value is None:
+        return "unknown"
+    if isinstance(value, Tensor):
+        return ", ".join(str(int(item)) for item in value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return f"mean and variance of {len(value)} layers"
+    if isinstance(value, tuple):
+        return "; ".join(map(str, value)) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Versions and hardware, for the report."""
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or platform.machine()
+    )
+    return {
+        "leakaudit": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": f"{device.type} ({name})",
+        "threads": str(torch.get_num_threads()),
+        "cores": str(os.cpu_count()),
+        "system": platform.system(),
+    }
+
+
+def _model_summary(subject: Subject, view: View) -> ModelSummary:
+    victim = view.victim
+    return ModelSummary(
+        name=victim.name,
+        parameters=sum(p.numel() for p in (*victim.params.values(), *victim.frozen.values())),
+        num_classes=victim.num_classes,
+        input_shape=list(victim.space.shape),
+        mode=victim.mode,
+        checkpoint=subject.checkpoint,
+    )
+
+
+def _round_summary(view: View) -> RoundSummary:
+    return RoundSummary(
+        num_examples=view.round.num_examples,
+        local_steps=view.round.local_steps,
+        local_batch_size=view.round.batch_size,
+        learning_rate=view.knowledge.learning_rate.value,
+    )
+
+
+def _hypothesis_findings(hypotheses: Sequence[Hypothesis]) -> list[Finding]:
+    if not hypotheses:
+        return []
+    best = min(hypotheses, key=lambda hypothesis: hypothesis.residual)
+    tried = {f"{h.mode}, {h.local_steps} steps": h.residual for h in hypotheses}
+    text = f"Of {len(hypotheses)} hypotheses on what the file does not say, {best.mode} mode with {best.local_steps} local steps fits best (relative residual {best.residual:.2g})."
+    return [Finding(name="hypotheses", severity="info", text=text, data=tried)]

@@ -1,0 +1,398 @@
+"""The command line: parse, call, print, exit code.  Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from leakaudit import __version__
+from leakaudit.errors import InputError, LeakauditError
+from leakaudit.progress import progress_bar
+
+if TYPE_CHECKING:
+    from leakaudit.formats.manifest import Manifest
+    from leakaudit.results import AuditResult
+
+app = typer.Typer(
+    name="leakaudit",
+    help="What do the updates of federated learning give away?  Reconstructs private images from shared gradients.",
+    epilog="Exit codes: 0 within policy, 1 leakage above the policy, 2 usage or input error, 3 inconclusive.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+UpdateFile = Annotated[
+    Path, typer.Argument(help="The file a client shared: .safetensors, .npz, .pt.", show_default=False)
+]
+Model = Annotated[
+    str | None, typer.Option(help="Name, torchvision:NAME, file.py:factory or package.module:factory.")
+]
+Checkpoint = Annotated[Path | None, typer.Option(help="The model as the client downloaded it.")]
+Before = Annotated[
+    Path | None, typer.Option(help="Checkpoint before local training, when the file is the one after.")
+]
+Kind = Annotated[str | None, typer.Option(help="gradient or delta.")]
+Sign = Annotated[str | None, typer.Option(help="Of a delta: before-minus-after or after-minus-before.")]
+LearningRate = Annotated[float | None, typer.Option("--learning-rate", "--lr", help="Of the client's SGD.")]
+LocalSteps = Annotated[int | None, typer.Option(help="SGD steps between download and upload.")]
+BatchSize = Annotated[int | None, typer.Option(help="Private examples a local step.")]
+Examples = Annotated[int | None, typer.Option(help="Private examples in all; the batch size by default.")]
+Mode = Annotated[str | None, typer.Option(help="train or eval: the client's BatchNorm.")]
+Loss = Annotated[str | None, typer.Option(help="cross-entropy.")]
+Reduction = Annotated[str | None, typer.Option(help="mean or sum over the batch.")]
+Normalisation = Annotated[
+    str | None, typer.Option(help="none, cifar10, cifar100, imagenet, mnist, or MEAN/STD as m,m,m/s,s,s.")
+]
+InputShape = Annotated[str | None, typer.Option(help="C,H,W.")]
+Classes = Annotated[int | None, typer.Option("--num-classes", help="Number of classes.")]
+NoiseStd = Annotated[
+    float | None, typer.Option(help="Standard deviation of noise the adversary knows was added.")
+]
+Seed = Annotated[int, typer.Option(help="The one seed of the run.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"leakaudit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"),
+    seed: Seed = 0,
+) -> None:
+    """Reconstruct bundled photos from gradients of small models, and write an HTML report."""
+    from leakaudit.demo import run_demo
+
+    console = Console()
+    with progress_bar(Console(stderr=True)) as on_progress:
+        reports = run_demo(out, seed, console, on_progress)
+    for report in reports:
+        console.print(f"Report: {report}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def capture(
+    model: Annotated[str, typer.Option(help="As for attack.")],
+    data: Annotated[str, typer.Option(help="Image, folder of images, .npz, or torchvision:NAME.")],
+    out: Annotated[Path, typer.Option(help="Shared update to write (.safetensors).")],
+    truth: Annotated[Path | None, typer.Option(help="Also write the private batch here.")] = None,
+    checkpoint: Checkpoint = None,
+    save_model: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the model the client downloaded; model.safetensors beside --out without --checkpoint."
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Private examples a local step.")] = 1,
+    examples: Examples = None,
+    start: Annotated[int, typer.Option(help="First example of the data.")] = 0,
+    local_steps: LocalSteps = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Passes over the examples, instead of --local-steps.")
+    ] = None,
+    learning_rate: LearningRate = None,
+    mode: Annotated[str, typer.Option(help="train or eval: BatchNorm while the gradient is taken.")] = "eval",
+    normalisation: Annotated[str, typer.Option(help="As for attack; none feeds pixels in [0, 1].")] = "none",
+    input_shape: InputShape = None,
+    num_classes: Classes = None,
+    reduction: Annotated[str, typer.Option(help="mean or sum over the batch.")] = "mean",
+    buffers: Annotated[bool, typer.Option("--buffers", help="Share BatchNorm buffers too.")] = False,
+    defense: Annotated[
+        list[str] | None, typer.Option(help="NAME:key=value, applied in order; see list defenses.")
+    ] = None,
+    seed: Seed = 0,
+    force: Force = False,
+) -> None:
+    """Run the client's side on images and save the update it would share."""
+    from leakaudit.api import capture_update
+
+    fresh = checkpoint is None
+    save_model = save_model or (out.parent / "model.safetensors" if fresh else None)
+    _refuse_existing(force, out, truth, save_model)
+    summary = capture_update(
+        model,
+        data,
+        out,
+        truth=truth,
+        checkpoint=checkpoint,
+        save_model=save_model,
+        batch_size=batch_size,
+        num_examples=examples,
+        start=start,
+        local_steps=local_steps,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        mode=mode,
+        normalisation=normalisation,
+        input_shape=_shape(input_shape),
+        num_classes=num_classes,
+        reduction=reduction,
+        buffers=buffers,
+        defenses=defense or (),
+        seed=seed,
+    )
+    console = Console()
+    for line in summary:
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+@app.command()
+def inspect(
+    update: UpdateFile,
+    model: Model = None,
+    checkpoint: Checkpoint = None,
+    before: Before = None,
+    kind: Kind = None,
+    sign: Sign = None,
+    learning_rate: LearningRate = None,
+    local_steps: LocalSteps = None,
+    batch_size: BatchSize = None,
+    examples: Examples = None,
+    mode: Mode = None,
+    loss: Loss = None,
+    reduction: Reduction = None,
+    normalisation: Normalisation = None,
+    input_shape: InputShape = None,
+    num_classes: Classes = None,
+    noise_std: NoiseStd = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    seed: Seed = 0,
+) -> None:
+    """Say in seconds what the file gives away by itself."""
+    from leakaudit.report.terminal import print_findings
+    from leakaudit.subject import Sources, open_update
+
+    manifest = _manifest(
+        kind, sign, learning_rate, local_steps, batch_size, examples, mode, loss, reduction,
+        normalisation, input_shape, num_classes, noise_std,
+    )  # fmt: skip
+    sources = Sources(update, model, checkpoint, before, manifest, device="cpu")
+    opened = open_update(sources, seed)
+    findings = [*opened.inspection.findings, *opened.findings]
+    if json_output:
+        import json
+
+        typer.echo(json.dumps([finding.model_dump() for finding in findings], indent=1))
+    else:
+        print_findings(findings, Console())
+
+
+@app.command()
+def attack(
+    update: UpdateFile,
+    model: Model = None,
+    checkpoint: Checkpoint = None,
+    truth: Annotated[Path | None, typer.Option(help="The private batch, to score against.")] = None,
+    attack: Annotated[
+        list[str] | None, typer.Option(help="auto, or NAME:key=value; may be repeated; see list attacks.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Run folder; a rerun resumes.")] = Path("runs/attack"),
+    html: Annotated[Path | None, typer.Option(help="Write the HTML report here too.")] = None,
+    budget: Annotated[float | None, typer.Option(help="Seconds for all attacks together.")] = None,
+    restarts: Annotated[int | None, typer.Option(help="Random starts of every attack.", min=1)] = None,
+    fail_on: Annotated[
+        str, typer.Option(help="Policy: thresholds that count as leakage, or never.")
+    ] = "psnr>20,ssim>0.5",
+    metric: Annotated[list[str] | None, typer.Option(help="Scores to measure; see list metrics.")] = None,
+    labels: Annotated[str | None, typer.Option(help="Labels given to the adversary: 3,8,8.")] = None,
+    pool: Annotated[str | None, typer.Option(help="Images to tell the private ones from.")] = None,
+    redact: Annotated[
+        bool, typer.Option("--redact", help="Leave the originals out of everything written.")
+    ] = False,
+    controls: Annotated[
+        bool, typer.Option(help="Run the positive control when nothing is recovered.")
+    ] = True,
+    before: Before = None,
+    kind: Kind = None,
+    sign: Sign = None,
+    learning_rate: LearningRate = None,
+    local_steps: LocalSteps = None,
+    batch_size: BatchSize = None,
+    examples: Examples = None,
+    mode: Mode = None,
+    loss: Loss = None,
+    reduction: Reduction = None,
+    normalisation: Normalisation = None,
+    input_shape: InputShape = None,
+    num_classes: Classes = None,
+    noise_std: NoiseStd = None,
+    device: Device = "auto",
+    seed: Seed = 0,
+    force: Force = False,
+) -> None:
+    """Reconstruct private images from a saved update, and report what it gives away."""
+    from leakaudit import api
+
+    manifest = _manifest(
+        kind, sign, learning_rate, local_steps, batch_size, examples, mode, loss, reduction,
+        normalisation, input_shape, num_classes, noise_std,
+    )  # fmt: skip
+    with progress_bar(Console(stderr=True)) as on_progress:
+        result = api.attack(
+            update,
+            model,
+            checkpoint=checkpoint,
+            before=before,
+            manifest=manifest,
+            labels=_labels(labels),
+            truth=truth,
+            pool=pool,
+            attacks=attack or ("auto",),
+            seed=seed,
+            budget=budget,
+            restarts=restarts,
+            policy=fail_on,
+            metrics=metric,
+            controls=controls,
+            redact=redact,
+            device=device,
+            out=out,
+            force=force,
+            on_progress=on_progress,
+            command=shlex.join(["leakaudit", *sys.argv[1:]]),
+        )
+    _finish(result, html)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Run folder written by attack.", show_default=False)],
+    html: Annotated[Path, typer.Option(help="Page to write.")] = Path("report.html"),
+    redact: Annotated[bool, typer.Option("--redact", help="Leave the originals out.")] = False,
+) -> None:
+    """Write the HTML report of a finished run: one file, without remote requests."""
+    from leakaudit.report.files import write_atomically
+    from leakaudit.report.folder import read_run
+    from leakaudit.report.html import render_html
+
+    result = read_run(run)
+    write_atomically(html, render_html(result, run, redact=redact).encode("utf-8", "replace"))
+    Console().print(f"Report: {html}", soft_wrap=True, highlight=False)
+
+
+@app.command("list")
+def list_names(
+    what: Annotated[str, typer.Argument(help="attacks, defenses, models or metrics.", show_default=False)],
+) -> None:
+    """Name what there is: attacks, defenses, models or metrics."""
+    from leakaudit.listing import tables
+
+    known = tables()
+    if what not in known:
+        raise InputError(f"cannot list {what!r}; accepted: {', '.join(known)}")
+    known[what](Console())
+
+
+# ------------------------------------------------------------------ between options and functions
+
+
+def _finish(result: AuditResult, html: Path | None) -> None:
+    from leakaudit.report.files import write_atomically
+    from leakaudit.report.html import render_html
+    from leakaudit.report.terminal import print_result
+
+    print_result(result, Console(), result.folder)
+    if html is not None:
+        write_atomically(
+            html, render_html(result, result.folder, redact=result.redacted).encode("utf-8", "replace")
+        )
+    raise typer.Exit(result.exit_code)
+
+
+def _manifest(
+    kind: str | None,
+    sign: str | None,
+    learning_rate: float | None,
+    local_steps: int | None,
+    batch_size: int | None,
+    examples: int | None,
+    mode: str | None,
+    loss: str | None,
+    reduction: str | None,
+    normalisation: str | None,
+    input_shape: str | None,
+    num_classes: int | None,
+    noise_std: float | None,
+) -> Manifest | None:
+    """What the options say about the file; None when they say nothing, so that nothing is overridden."""
+    stated: dict[str, Any] = {
+        "kind": kind,
+        "sign": sign,
+        "learning_rate": learning_rate,
+        "local_steps": local_steps,
+        "local_batch_size": batch_size,
+        "num_examples": examples or batch_size,
+        "mode": mode,
+        "loss": loss,
+        "reduction": reduction,
+        "input_shape": _shape(input_shape),
+        "num_classes": num_classes,
+        "noise_std": noise_std,
+    }
+    stated = {name: value for name, value in stated.items() if value is not None}
+    if not stated and normalisation is None:
+        return None
+    from leakaudit.formats.manifest import build_manifest
+
+    if normalisation is not None:
+        from leakaudit.models.zoo import parse_normalisation
+
+        stated["normalisation"] = parse_normalisation(normalisation).model_dump()
+    return build_manifest(stated)
+
+
+def _numbers(text: str, what: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"{what} {text!r} is not whole numbers with commas between") from None
+
+
+def _shape(text: str | None) -> tuple[int, int, int] | None:
+    if text is None:
+        return None
+    numbers = _numbers(text, "input shape")
+    if len(numbers) != 3 or min(numbers) < 1:
+        raise InputError(f"input shape {text!r} is not C,H,W with positive numbers, such as 3,32,32")
+    return numbers[0], numbers[1], numbers[2]
+
+
+def _labels(text: str | None) -> list[int] | None:
+    return None if text is None else _numbers(text, "labels")
+
+
+def _refuse_existing(force: bool, *paths: Path | None) -> None:
+    for path in paths:
+        if path is not None and path.exists() and not force:
+            raise InputError(f"{path} exists; pass --force to overwrite it, or choose another name")
+
+
+def main() -> None:
+    """Entry point: errors of input become one line on stderr and exit code 2."""
+    try:
+        app()
+    except LeakauditError as error:
+        Console(stderr=True).print(f"leakaudit: {error}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)

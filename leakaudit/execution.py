@@ -1,0 +1,203 @@
+"""Running attacks: one after the other, restart by restart, within a budget.  No truth here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from leakaudit.attacks.base import Attack, Monitor, OnStep, Reconstruction
+from leakaudit.attacks.registry import ATTACKS, AUTO, EXPENSIVE
+from leakaudit.attempts import AttemptStore
+from leakaudit.randomness import fork
+from leakaudit.results import Skipped, Verification
+from leakaudit.spec import format_spec, parse
+from leakaudit.threat import View
+from leakaudit.verification import verify
+
+MATCHED = 1e-4
+"""Relative residual below which a further restart is not worth its time."""
+
+OnProgress = Callable[[str, int, int, float], None]
+"""Called with (what is running, iteration, total, loss)."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """An attack to run; `automatic` when nobody asked for it by name."""
+
+    name: str
+    spec: str
+    attack: Attack
+    automatic: bool
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One attempt with its residual (`View.residual`) and wall time in seconds."""
+
+    restart: int
+    found: Reconstruction
+    residual: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All attempts of one attack; `best` is the one with the smallest residual."""
+
+    chosen: Chosen
+    attempts: tuple[Measured, ...]
+    status: Literal["done", "interrupted", "failed"]
+    reason: str
+    seconds: float
+    verification: Verification | None = None
+
+    @property
+    def best(self) -> Measured | None:
+        return min(self.attempts, key=lambda attempt: attempt.residual, default=None)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run.
+
+    Attributes:
+        attacks: specs, or "auto": everything that applies, from cheap to dear, until the update is explained.
+        seed: of every random start.
+        budget: seconds for all attacks together, None for no limit; an attack gets at most half
+            of what is left, the last all of it.
+        restarts: of every attack; None for its own number, ending at the first match.
+    """
+
+    attacks: tuple[str, ...] = ("auto",)
+    seed: int = 0
+    budget: float | None = None
+    restarts: int | None = None
+
+
+def choose(specs: tuple[str, ...]) -> Iterator[Chosen]:
+    """The attacks that `specs` name, in their order, "auto" spelt out.  `InputError` for an unknown one."""
+    for spec in specs:
+        if spec == "auto":
+            for name in AUTO:
+                yield Chosen(name, name, ATTACKS[name], automatic=True)
+        else:
+            attack = parse(spec, ATTACKS, "attack")
+            name = spec.partition(":")[0].strip()
+            yield Chosen(name, format_spec(name, attack, ATTACKS[name]), attack, automatic=False)
+
+
+def run_attacks(
+    view: View, plan: Plan, store_folder: Path, on_progress: OnProgress | None = None
+) -> tuple[list[Outcome], list[Skipped]]:
+    """Run the plan; Ctrl-C keeps the best candidate of the attack in progress and ends the run."""
+    chosen = list(choose(plan.attacks))
+    deadline = None if plan.budget is None else time.monotonic() + plan.budget
+    outcomes: list[Outcome] = []
+    skipped: list[Skipped] = []
+    for position, entry in enumerate(chosen):
+        reason = entry.attack.applies(view) or _needless(entry, outcomes, deadline)
+        if reason is not None:
+            skipped.append(Skipped(attack=entry.name, reason=reason))
+            continue
+        store = AttemptStore(store_folder, view, entry.spec, plan.seed)
+        end = _share(deadline, len(chosen) - position)
+        outcomes.append(_run(entry, view, plan, store, end, on_progress))
+        if outcomes[-1].status == "interrupted":
+            rest = chosen[position + 1 :]
+            skipped += [Skipped(attack=later.name, reason="interrupted before it began") for later in rest]
+            break
+    return outcomes, skipped
+
+
+def _needless(entry: Chosen, outcomes: list[Outcome], deadline: float | None) -> str | None:
+    """Why an attack that only `auto` asked for need not run, or None."""
+    if not entry.automatic:
+        return None
+    for outcome in outcomes:
+        check = outcome.verification
+        if check is not None and check.status == "verified":
+            return f"{outcome.chosen.name} already explains the update to its floor, and uniquely"
+        if check is not None and check.status == "consistent" and entry.name in EXPENSIVE:
+            return f"{outcome.chosen.name} already explains the update to its floor"
+    if deadline is not None and time.monotonic() > deadline:
+        return "the time budget was used up"
+    return None
+
+
+def _share(deadline: float | None, left: int) -> float | None:
+    if deadline is None:
+        return None
+    now = time.monotonic()
+    return now + max(0.0, deadline - now) / min(left, 2)
+
+
+def _run(
+    entry: Chosen,
+    view: View,
+    plan: Plan,
+    store: AttemptStore,
+    deadline: float | None,
+    on_progress: OnProgress | None,
+) -> Outcome:
+    began = time.monotonic()
+    attempts: list[Measured] = []
+    reason, interrupted = "", False
+    for restart in range(plan.restarts or entry.attack.restarts):
+        label = f"{entry.name}, start {restart + 1}"
+        try:
+            kept = store.get(restart) or _attempt(
+                entry, view, plan.seed, restart, deadline, progress(on_progress, label)
+            )
+        except KeyboardInterrupt:
+            interrupted = True
+            break
+        except (RuntimeError, ArithmeticError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            continue
+        found, seconds = kept
+        interrupted = found.stopped == "interrupted"
+        if found.stopped not in ("interrupted", "budget"):
+            store.put(restart, found, seconds)
+        attempts.append(Measured(restart, found, view.residual(found.x, found.y), seconds))
+        late = deadline is not None and time.monotonic() > deadline
+        if interrupted or late or (plan.restarts is None and attempts[-1].residual < MATCHED):
+            break
+    best = min(attempts, key=lambda attempt: attempt.residual, default=None)
+    if interrupted:
+        reason = (
+            "interrupted; the best candidate so far is kept" if best else "interrupted before the first step"
+        )
+    return Outcome(
+        chosen=entry,
+        attempts=tuple(attempts),
+        status="interrupted" if interrupted else "done" if best else "failed",
+        reason=reason,
+        seconds=time.monotonic() - began,
+        verification=None if best is None else verify(view, best.found.x, best.found.y),
+    )
+
+
+def _attempt(
+    entry: Chosen, view: View, seed: int, restart: int, deadline: float | None, on_step: OnStep | None
+) -> tuple[Reconstruction, float]:
+    monitor = Monitor(on_step, deadline)
+    generator = fork(seed, f"{entry.name}/{restart}", view.victim.device)
+    began = time.monotonic()
+    try:
+        found = entry.attack.run(view, generator, monitor)
+    except KeyboardInterrupt:
+        if monitor.best_x is None:
+            raise
+        found = monitor.result(stopped="interrupted")
+    return found, time.monotonic() - began
+
+
+def progress(on_progress: OnProgress | None, label: str) -> OnStep | None:
+    """A monitor's callback that reports under `label`."""
+    if on_progress is None:
+        return None
+    return lambda iteration, total, loss: on_progress(label, iteration, total, loss)

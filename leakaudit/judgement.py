@@ -1,0 +1,108 @@
+"""Verdict and controls: what may be said after the attacks, and no more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from leakaudit.policy import Policy
+from leakaudit.results import Control, Finding, Score, Trial, Verdict
+
+HOPELESS = 0.9
+"""Relative residual above which the checkpoint itself is in doubt."""
+
+
+def judge(
+    trials: Sequence[Trial],
+    best: int | None,
+    controls: Sequence[Control],
+    policy: Policy,
+    *,
+    truth_known: bool,
+    findings: Sequence[Finding] = (),
+) -> Verdict:
+    """The verdict over all trials.
+
+    "leaks" as soon as one trial breaks the policy or is verified without the truth;
+    "not-recovered" only when the truth is known, nothing breaks the policy and the
+    positive control succeeded; "inconclusive" otherwise.
+    """
+    broken = [
+        f"{trial.attack}: {sentence}"
+        for trial in trials
+        for sentence in policy.broken_by(example.scores for example in trial.examples)
+    ]
+    verified = [
+        f"{trial.attack}: {trial.verification.text}"
+        for trial in trials
+        if trial.verification is not None and trial.verification.status == "verified"
+    ]
+    text = str(policy)
+    if truth_known and broken:
+        return Verdict(
+            status="leaks",
+            headline="Private images were reconstructed.",
+            reasons=[*broken, *verified],
+            policy=text,
+        )
+    if not truth_known and verified:
+        return Verdict(
+            status="leaks",
+            headline="The shared update determines the private images.",
+            reasons=verified,
+            policy=text,
+        )
+    reasons = _doubts(trials, best, findings)
+    positive = next((control for control in controls if control.name == "positive"), None)
+    if not truth_known:
+        return Verdict(
+            status="inconclusive",
+            headline="No reconstruction could be proven without the originals.",
+            reasons=[*reasons, "Without the originals a failed attack says nothing about safety."],
+            policy=text,
+        )
+    if best is not None and positive is not None and positive.passed and not reasons:
+        return Verdict(
+            status="not-recovered",
+            headline="No attack that ran recovered the private images.",
+            reasons=[
+                "The same attack succeeds on an undefended update of one image.",
+                "This is what these attacks reached, not a bound on what others may reach.",
+            ],
+            policy=text,
+        )
+    reasons.append(positive.text if positive is not None else "The positive control did not run.")
+    return Verdict(
+        status="inconclusive",
+        headline="The attacks failed, and so may the audit.",
+        reasons=reasons,
+        policy=text,
+    )
+
+
+def _doubts(trials: Sequence[Trial], best: int | None, findings: Sequence[Finding]) -> list[str]:
+    if best is None:
+        return ["No attack produced a reconstruction."]
+    trial = trials[best]
+    doubts = [finding.text for finding in findings if finding.severity == "warning"]
+    if trial.residual is not None and trial.residual > HOPELESS:
+        doubts.append(
+            f"The matching loss did not fall (relative residual {trial.residual:.2g}): the checkpoint may not "
+            "belong to this update, or a defense the adversary does not know was applied."
+        )
+    if any(t.status == "interrupted" for t in trials):
+        doubts.append("The audit was interrupted.")
+    if any(attempt.stopped == "budget" for attempt in trial.attempts):
+        doubts.append("The time budget ended the best attack early.")
+    return doubts
+
+
+def floor_control(scores: Sequence[Score]) -> Control:
+    """What unrelated images score against the truth, from the chance levels of `scores`."""
+    chances = [score for score in scores if score.chance is not None]
+    parts = ", ".join(f"{score.metric} {score.chance:.3g} {score.unit}".strip() for score in chances)
+    return Control(
+        name="floor",
+        passed=None,
+        text=f"Unrelated images score: {parts}.",
+        scores=[score.model_copy(update={"value": score.chance, "chance": None}) for score in chances],
+    )

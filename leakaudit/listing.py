@@ -1,0 +1,66 @@
+"""Tables of what there is, for `leakaudit list`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from leakaudit.attacks.registry import ATTACKS, DESCRIPTIONS
+from leakaudit.defenses import DEFENSES
+from leakaudit.metrics import METRICS
+from leakaudit.models.zoo import MODELS
+
+
+def tables() -> dict[str, Callable[[Console], None]]:
+    """What can be listed -> a function that prints it."""
+    return {"attacks": _attacks, "defenses": _defenses, "models": _models, "metrics": _metrics}
+
+
+def _print(console: Console, heading: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
+    table = Table(*heading, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console.print(table)
+
+
+def _options(preset: object) -> str:
+    fields = dataclasses.fields(preset)  # type: ignore[arg-type]
+    return " ".join(f"{field.name}={getattr(preset, field.name)}" for field in fields if field.init)
+
+
+def _attacks(console: Console) -> None:
+    rows = ((name, f"{DESCRIPTIONS[name]}\n{_options(attack)}") for name, attack in ATTACKS.items())
+    _print(console, ("attack", "what it does, and its options"), rows)
+
+
+def _defenses(console: Console) -> None:
+    rows = (
+        (name, f"{(type(defense).__doc__ or '').splitlines()[0]}\n{_options(defense)}")
+        for name, defense in DEFENSES.items()
+    )
+    _print(console, ("defense", "what it does, and its options"), rows)
+
+
+def _models(console: Console) -> None:
+    rows = (
+        (
+            name,
+            "x".join(map(str, entry.info.input_shape)),
+            str(entry.info.num_classes),
+            entry.info.description,
+        )
+        for name, entry in MODELS.items()
+    )
+    _print(console, ("model", "input", "classes", "what it is"), rows)
+
+
+def _metrics(console: Console) -> None:
+    rows = (
+        (name, metric.unit or "-", "higher" if metric.higher_is_better else "lower", metric.description)
+        for name, metric in METRICS.items()
+    )
+    _print(console, ("metric", "unit", "closer is", "what it measures"), rows)

@@ -1,0 +1,209 @@
+"""From files to a `Subject`: the victim, the update, what the adversary can learn by looking."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from leakaudit.data import PrivateBatch, load_batch, load_truth
+from leakaudit.errors import InputError
+from leakaudit.formats.atomic import sha256_of
+from leakaudit.formats.checkpoint import load_checkpoint, parameters_sha256
+from leakaudit.formats.loading import SharedUpdate, check_checkpoint, load_update
+from leakaudit.formats.manifest import Manifest
+from leakaudit.formats.reading import read_file
+from leakaudit.inspection import Inspection, inspect_update
+from leakaudit.models.victim import Victim
+from leakaudit.models.zoo import MODELS, load_victim, pixels
+from leakaudit.photos import distractors
+from leakaudit.randomness import fork
+from leakaudit.results import Finding
+from leakaudit.threat import View, inferred, known, see
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The files and facts an audit starts from.
+
+    Attributes:
+        update: the file the client shared.
+        model: a spec for `leakaudit.models.zoo`, a module with its checkpoint loaded, or None
+            to go by the manifest (built-in and torchvision models only).
+        checkpoint: the model as the client downloaded it; None for freshly initialised weights
+            of seed 0, which must then match the manifest's hash.
+        before: checkpoint before local training, when `update` is the one after it.
+        manifest: facts that win over those in the file.
+        labels: given to the adversary.
+        truth: the private batch, as written by `capture`.
+        pool: images to tell the private ones from; None for crops of the bundled photos.
+        device: "cpu", "cuda", ..., or "auto".
+    """
+
+    update: str | Path
+    model: str | nn.Module | None = None
+    checkpoint: str | Path | None = None
+    before: str | Path | None = None
+    manifest: Manifest | None = None
+    labels: Sequence[int] | None = None
+    truth: str | Path | None = None
+    pool: str | Path | None = None
+    device: str = "auto"
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" is CUDA where there is one; `InputError` for a device that cannot be used."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def open_victim(sources: Sources, manifest: Manifest) -> Victim:
+    """The model as the client downloaded it, checked against the manifest's hash."""
+    mode, loss = manifest.mode or "eval", manifest.loss or "cross-entropy"
+    reduction = manifest.reduction or "mean"
+    if isinstance(sources.model, nn.Module):
+        victim = _victim_of_module(sources.model, sources.checkpoint, manifest)
+    else:
+        spec = sources.model or _spec_from_manifest(manifest)
+        if sources.checkpoint is None and manifest.checkpoint_sha256 is None:
+            raise InputError(
+                "no checkpoint given, and the update does not say which it belongs to; pass --checkpoint"
+            )
+        victim = load_victim(
+            spec,
+            checkpoint=sources.checkpoint,
+            num_classes=manifest.num_classes,
+            input_shape=manifest.input_shape,
+            normalisation=manifest.normalisation,
+            mode=mode,
+            loss=loss,
+            reduction=reduction,
+        )
+    check_checkpoint(manifest, parameters_sha256(victim.module))
+    return victim.to(pick_device(sources.device))
+
+
+def _victim_of_module(module: nn.Module, checkpoint: str | Path | None, manifest: Manifest) -> Victim:
+    if manifest.input_shape is None or manifest.num_classes is None:
+        raise InputError("input_shape and num_classes are needed with a module; pass them in the manifest")
+    if checkpoint is not None:
+        load_checkpoint(module, checkpoint)
+    return Victim.of(
+        module,
+        pixels(manifest.input_shape, manifest.normalisation),
+        manifest.num_classes,
+        manifest.mode or "eval",
+        manifest.loss or "cross-entropy",
+        manifest.reduction or "mean",
+        name=type(module).__name__,
+    )
+
+
+def _spec_from_manifest(manifest: Manifest) -> str:
+    """A stranger's file may name a built-in or torchvision model, but never code to import."""
+    spec = manifest.model
+    if spec is None:
+        raise InputError("no model given, and the update does not name one; pass --model")
+    if spec.partition(":")[0].strip() not in (*MODELS, "torchvision"):
+        raise InputError(
+            f"the update names its model {spec!r}; code is loaded only when you pass it as --model"
+        )
+    return spec
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What the files hold, after looking and before attacking."""
+
+    shared: SharedUpdate
+    view: View
+    inspection: Inspection
+    files: dict[str, str]
+    findings: tuple[Finding, ...]
+
+
+def open_update(sources: Sources, seed: int = 0) -> Opened:
+    """Read everything but the truth, inspect it, and give the adversary what it reveals.
+
+    Raises `InputError` for anything that does not fit together.
+    """
+    manifest = read_file(sources.update).manifest.merged(sources.manifest)
+    victim = open_victim(sources, manifest)
+    shared = load_update(sources.update, victim, before=sources.before, overrides=sources.manifest)
+    device = victim.device
+    shared = replace(shared, update=shared.update.to(device))
+    labels = None if sources.labels is None else _labels(sources.labels, victim)
+    view = see(victim, shared, labels)
+    inspection = inspect_update(
+        view,
+        buffers_after=shared.buffers or None,
+        raw=shared.raw,
+        dtypes=shared.dtypes,
+        generator=fork(seed, "inspection"),
+    )
+    files = {Path(sources.update).name: shared.sha256}
+    for path in (sources.checkpoint, sources.before):
+        if path is not None:
+            files[Path(path).name] = sha256_of(path)
+    findings = tuple(Finding(name="file", severity="info", text=note) for note in shared.notes)
+    return Opened(shared, learn(view, inspection), inspection, files, findings)
+
+
+def learn(view: View, inspection: Inspection) -> View:
+    """The view with what the inspection found out; what the manifest says stays as it is."""
+    knowledge, round = view.knowledge, view.round
+    changes: dict[str, Any] = {}
+    if knowledge.batch_size.value is None and inspection.batch_size_hint is not None:
+        changes["batch_size"] = inferred(inspection.batch_size_hint, "rank of the last layer's gradient")
+        round = replace(round, num_examples=inspection.batch_size_hint)
+    if knowledge.local_steps.value is None and inspection.local_steps is not None:
+        changes["local_steps"] = inferred(inspection.local_steps, "num_batches_tracked")
+        round = replace(round, local_steps=inspection.local_steps)
+    if knowledge.labels.value is None and inspection.labels is not None:
+        labels = inspection.labels.labels.to(view.victim.device)
+        if len(labels) == round.num_examples:
+            changes["labels"] = inferred(labels, f"last layer's gradient, {inspection.labels.method}")
+    if knowledge.mode.value is None and inspection.mode is not None:
+        changes["mode"] = inferred(inspection.mode, "num_batches_tracked")
+        view = replace(view, victim=view.victim.with_mode(inspection.mode))
+    if knowledge.noise_std.value is None and inspection.noise_std is not None:
+        changes["noise_std"] = inferred(
+            inspection.noise_std, "smallest singular values of the last layer's gradient"
+        )
+    if inspection.statistics:
+        changes["statistics"] = known(inspection.statistics, "leaked BatchNorm buffers")
+    if view.scale_free and inspection.consistency is not None and inspection.consistency.unscaled:
+        changes["scale"] = inferred(True, "the last layer's gradient fits one example at factor 1")
+    return replace(view, knowledge=replace(knowledge, **changes), round=round)
+
+
+def _labels(labels: Sequence[int], victim: Victim) -> Tensor:
+    wrong = [label for label in labels if not 0 <= label < victim.num_classes]
+    if wrong:
+        raise InputError(f"label {wrong[0]} is not a class; accepted: 0 to {victim.num_classes - 1}")
+    return torch.tensor(list(labels), dtype=torch.int64, device=victim.device)
+
+
+def read_truth(path: str | Path, view: View) -> PrivateBatch:
+    """The private batch of a truth file, checked against the view."""
+    truth = load_truth(path)
+    if tuple(truth.pixels.shape[1:]) != view.victim.space.shape:
+        raise InputError(
+            f"{path} holds images of shape {tuple(truth.pixels.shape[1:])}, the model takes {view.victim.space.shape}"
+        )
+    return truth
+
+
+def read_pool(path: str | Path | None, view: View) -> Tensor:
+    """(P, C, H, W) images to tell the private ones from."""
+    if path is None:
+        return distractors(view.victim.space)
+    return load_batch(path, view.victim.space.shape, None).pixels
