@@ -30,6 +30,7 @@ from leakaudit.threat import View
 from leakaudit.update import Update
 
 ROUNDING_SLACK = 4.0
+OWN_PRECISION = 1e-12
 INFORMATIVE = 0.05
 LINEAR = 0.5
 LEVELS = 4096
@@ -147,8 +148,8 @@ def _rounding(view: View, x: Tensor, y: Tensor) -> dict[str, float]:
         eps = storage_precision(observed)
         size = _rms(double[name])
         measured = _rms(single[name].double() - double[name])
-        stored = eps * size if eps > eps32 else 0.0
-        rms[name] = ROUNDING_SLACK * max(measured * min(1.0, eps / eps32), eps * size / 4, stored)
+        coarse = eps * size if eps > eps32 else 0.0
+        rms[name] = ROUNDING_SLACK * max(measured * min(1.0, eps / eps32), coarse, OWN_PRECISION * size)
     least = max(rms.values()) * 1e-6
     return {name: max(value, least) for name, value in rms.items()}
 
@@ -191,7 +192,7 @@ def _seconds(system: System, point: Tensor) -> float:
 
 def _bound(found: Verification, system: System, point: Tensor, floor: Floor) -> Verification:
     """Singular values at `point` and the distance they allow."""
-    std = _pixel_scale(system)
+    std = system.pixel_scale
     columns = system.jacobian(point) / std
     spectrum = Spectrum.of(columns)
     error = math.sqrt(system.view.observed.numel()) / (system.length if system.view.scale_free else 1)
@@ -250,11 +251,3 @@ def _matches(found: Verification, floor: Floor) -> str:
         f"its update equals the observed one up to {found.residual:.1e} of its norm, "
         f"within the {found.floor:.1e} that {floor.source} explains"
     )
-
-
-def _pixel_scale(system: System) -> Tensor:
-    """Model-input units -> pixels of [0, 1], for every unknown: (n,)."""
-    space = system.view.victim.space
-    std = torch.tensor(space.std or (1.0,) * space.shape[0]).to(system.target)
-    one = std.view(-1, 1, 1).expand(space.shape).reshape(-1)
-    return one.repeat(system.view.round.num_examples)

@@ -7,7 +7,7 @@ converges to machine precision.  First-order attacks on the same objective (Zhu
 et al. 2019) stop orders of magnitude above.
 
 Deviations from Nielsen: damping may fall by 10 instead of 3 a step, and candidates are
-projected into the pixel box after each step.
+projected into the pixel box after each step far from the solution.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from leakaudit.threat import View
 TRIES = 8
 CONVERGED = 1e-12
 COARSE = 1e-6
+UNBOXED = 1e-4
 NEGLIGIBLE = 0.01
 STALLED_AFTER = 5
 MEASURE_EVERY = 10
@@ -47,7 +48,8 @@ class LevenbergMarquardt:
         smoothness: standard deviation, in pixels of [0, 1], of the difference between neighbours under
             a Gaussian prior; used when the noise in the update is known, which makes this the
             maximum a posteriori attack.  0 for no prior.
-        box: keep pixels in [0, 1] after every step.
+        box: keep pixels in [0, 1] after every step, until the relative residual is below 1 % (from
+            there the equations alone decide, and projection would only slow them down).
         memory_gb: largest Jacobian (with its Gram matrix) to form.
         spectrum: report rank, conditioning and the Cramer-Rao figure at the end.
         restarts: random starts.
@@ -114,7 +116,11 @@ class LevenbergMarquardt:
         system = System.of(view, labels, generator, limit, weights)
         prior = smoothness_matrix(system, self.smoothness) if noise and self.smoothness else None
         return Problem(
-            system, system.to(torch.float32), prior, view.victim.space.project if self.box else None
+            system,
+            system.to(torch.float32),
+            prior,
+            bool(noise),
+            view.victim.space.project if self.box else None,
         )
 
     def _descend(self, problem: Problem, point: Tensor, monitor: Monitor) -> Stop:
@@ -139,12 +145,12 @@ class LevenbergMarquardt:
             damping, growth = damping * max(0.1, 1 - (2 * gain - 1) ** 3), 2.0
             trial = problem.chords(trial, normal, factor, damping)
             idle = idle + 1 if trial.loss > (1 - NEGLIGIBLE) * here.loss else 0
-            floor = trial.loss < CONVERGED and trial.loss > here.loss / 2
+            floor = here.loss < problem.floor and trial.loss > problem.enough * here.loss
             here = trial
             if floor or idle >= STALLED_AFTER or here.loss == 0:
                 break
         monitor.step(here.loss, *problem.system.split(here.point))
-        return "converged" if here.loss < CONVERGED or problem.prior is not None else "plateau"
+        return "converged" if here.loss < problem.floor else "plateau"
 
 
 # ------------------------------------------------------------------ the problem and one step
@@ -166,18 +172,30 @@ class Problem:
     Attributes:
         coarse: the same system in float32, for Jacobians far from the solution.
         prior: P for one example, (D, D), or None.
+        noisy: the noise is known and the equations are divided by its standard deviation.
         project: model inputs -> the nearest in the box, or None.
     """
 
     system: System
     coarse: System
     prior: Tensor | None
+    noisy: bool
     project: Callable[[Tensor], Tensor] | None
 
     @property
     def scale(self) -> float:
         """|t|^2, the loss of a candidate that predicts nothing."""
         return float(self.system.target.square().sum())
+
+    @property
+    def floor(self) -> float:
+        """The loss below which a candidate explains the update: rounding, or 1.5 times the noise."""
+        return 1.5 * len(self.system.target) / self.scale if self.noisy else CONVERGED
+
+    @property
+    def enough(self) -> float:
+        """Below the floor, a step that leaves more than this share of the loss ends the descent."""
+        return 0.999 if self.noisy else 0.5
 
     def keep(self, point: Tensor) -> Tensor:
         """The nearest point in the box."""
@@ -187,9 +205,9 @@ class Problem:
         x = point[:, :pixels].reshape(-1, *self.system.view.victim.space.shape)
         return torch.cat([self.project(x).flatten(1), point[:, pixels:]], dim=1)
 
-    def at(self, point: Tensor) -> Iterate:
-        """`point`, moved into the box, with its objective."""
-        point = self.keep(point)
+    def at(self, point: Tensor, boxed: bool = True) -> Iterate:
+        """`point`, moved into the box when `boxed`, with its objective."""
+        point = self.keep(point) if boxed else point
         with torch.no_grad():
             residual = self.system.residual(point)
         value = residual.square().sum()
@@ -208,7 +226,8 @@ class Problem:
         pull = None if self.prior is None else (here.point @ self.prior).reshape(-1)
         step, gradient = normal.step(factor, here.residual, pull)
         predicted = float(damping * step.square().sum() - gradient @ step) / self.scale
-        return self.at(here.point + step.view(here.point.shape)), predicted
+        boxed = here.loss > UNBOXED or self.noisy
+        return self.at(here.point + step.view(here.point.shape), boxed), predicted
 
     def chords(self, here: Iterate, normal: Normal, factor: Tensor, damping: float) -> Iterate:
         """More steps with the same Jacobian, which cost next to nothing, while each halves the objective."""
@@ -375,14 +394,23 @@ def warm_start(problem: Problem, candidate: Candidate, steps: int, monitor: Moni
 
 
 def _spectrum(problem: Problem, x: Tensor, labels: Tensor | None) -> dict[str, Any]:
-    """Rank, conditioning and Cramer-Rao figure of the pixels at the solution."""
+    """Rank, conditioning and Cramer-Rao figure of the pixels at the solution.
+
+    The last is the root mean square error per pixel, in units of [0, 1], below which no
+    unbiased attack gets on average under Gaussian noise of the size named (Kay 1993, section 3.8).
+    Singular values are per pixel of [0, 1] and weighted equation.
+    """
     if labels is None:
         return {}
-    spectrum = Spectrum.of(problem.system.jacobian(problem.system.point(x)))
+    system = problem.system
+    spectrum = Spectrum.of(system.jacobian(system.point(x)) / system.pixel_scale)
+    error = (spectrum.inverse_squares / spectrum.unknowns) ** 0.5
+    noise = system.view.knowledge.noise_std.value
     return {
         "rank": spectrum.rank,
         "condition": spectrum.condition,
         "smallest_singular_value": spectrum.smallest,
         "largest_singular_value": spectrum.largest,
-        "cramer_rao_rms": (spectrum.inverse_squares / spectrum.unknowns) ** 0.5,
+        "cramer_rao_rms": error if noise else 0.01 * error,
+        "cramer_rao_noise": "the known noise" if noise else "noise of 1 % of the rms of each tensor",
     }

@@ -1,0 +1,229 @@
+"""Levenberg-Marquardt on small real networks: machine precision, and every protocol it claims."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from leakaudit import spec
+from leakaudit.attacks.base import Monitor
+from leakaudit.attacks.jacobian import System
+from leakaudit.attacks.levenberg_marquardt import (
+    LevenbergMarquardt,
+    Normal,
+    choose_labels,
+    lower_gram,
+    smoothness_matrix,
+)
+from leakaudit.attacks.matching import squared
+from leakaudit.errors import InputError
+from leakaudit.models.spaces import Pixels
+from leakaudit.models.victim import Victim
+from leakaudit.models.vision import Activation, LeNet, initialise_uniform
+from leakaudit.randomness import fork
+from leakaudit.rounds import Round, client_update
+from leakaudit.threat import Knowledge, View, known
+
+SHAPE = (3, 8, 8)
+CLASSES = 10
+ATTACK = LevenbergMarquardt()
+
+
+def capture(
+    round: Round, seed: int = 0, activation: Activation = "tanh", **facts: Any
+) -> tuple[View, Tensor, Tensor]:
+    """DLG's LeNet: sigmoid with its own initialisation, others with the framework's."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        module = LeNet(CLASSES, SHAPE, activation)
+    if activation == "sigmoid":
+        initialise_uniform(module, fork(seed, "model"))
+    victim = Victim.of(module, Pixels(SHAPE, (0.5,) * 3, (0.25,) * 3), CLASSES)
+    generator = fork(seed, "data")
+    coarse = torch.rand((round.num_examples, 3, 4, 4), generator=generator)
+    pixels = torch.nn.functional.interpolate(coarse, size=SHAPE[1:], mode="bilinear")
+    x, y = victim.space.encode(pixels), torch.randperm(CLASSES, generator=generator)[: round.num_examples]
+    observed = client_update(victim, victim.params, round, x, y).detach()
+    return View(victim, round, observed, Knowledge(**facts)), x, y
+
+
+def told(y: Tensor) -> dict[str, Any]:
+    return {"labels": known(y, "test")}
+
+
+def error(found: Tensor, truth: Tensor) -> float:
+    return float((found - truth).square().mean())
+
+
+@pytest.mark.parametrize(
+    ("activation", "seed"),
+    [("sigmoid", 1), ("sigmoid", 2), ("gelu", 0), ("silu", 0), ("tanh", 0), ("softplus", 0)],
+)
+def test_one_example_to_rounding_precision_with_the_label_inferred(activation: Activation, seed: int) -> None:
+    view, x, y = capture(Round(1), seed, activation)
+    found = ATTACK.run(view, fork(seed, "attack"), Monitor())
+    assert error(found.x, x) < 1e-8
+    assert torch.equal(found.y, y)
+    assert found.stopped == "converged"
+    assert found.details["rank"] == found.details["unknowns"] == 192
+    assert found.details["labels"] == "sign of the bias gradient"
+    assert 0 < found.details["cramer_rao_rms"] < 10
+
+
+def test_float64_update_to_machine_precision() -> None:
+    view, x, y = capture(Round(1))
+    exact = view.to(dtype=torch.float64)
+    exact = replace(exact, observed=exact.simulate(x.double(), y).detach())
+    found = ATTACK.run(exact, fork(0, "attack"), Monitor())
+    assert error(found.x, x.double()) < 1e-24
+
+
+ROUNDS = {
+    "batch": Round(2),
+    "local steps": Round(2, local_steps=3, learning_rate=0.1),
+    "local batches": Round(2, local_steps=2, local_batch_size=1, learning_rate=0.1),
+}
+
+
+@pytest.mark.parametrize("round", ROUNDS.values(), ids=list(ROUNDS))
+def test_batches_and_local_steps(round: Round) -> None:
+    view, x, y = capture(round)
+    view = replace(view, knowledge=Knowledge(**told(y)))
+    found = ATTACK.run(view, fork(0, "attack"), Monitor())
+    assert error(found.x, x) < 1e-8
+    assert view.residual(found.x.float(), found.y) < 1e-5
+
+
+def test_scale_free_update() -> None:
+    view, x, _ = capture(Round(1), scale=known(False, "test"))
+    view = replace(view, observed=view.observed * 1234.5)
+    assert error(ATTACK.run(view, fork(0, "attack"), Monitor()).x, x) < 1e-8
+
+
+def test_labels_found_jointly() -> None:
+    view, x, y = capture(Round(2))
+    found = ATTACK.run(view, fork(0, "attack"), Monitor())
+    assert found.details["labels"] == "found jointly"
+    assert found.y.shape == (2, CLASSES)
+    order = found.y.argmax(1).argsort()
+    assert torch.equal(found.y.argmax(1)[order], y.sort().values)
+    assert error(found.x[order], x[y.argsort()]) < 1e-6
+
+
+def test_known_noise_makes_it_maximum_a_posteriori() -> None:
+    """Without a prior it reaches the Cramer-Rao figure; the prior beats it, and the truth's objective."""
+    clean, x, y = capture(Round(1), seed=1)
+    std = 0.01
+    noisy = clean.observed.map(lambda g: g + std * torch.randn(g.shape, generator=fork(1, "dp")))
+    view = replace(clean, observed=noisy, knowledge=Knowledge(noise_std=known(std, "test"), **told(y)))
+    with_prior = ATTACK.run(view, fork(0, "attack"), Monitor())
+    without = replace(ATTACK, smoothness=0.0).run(view, fork(0, "attack"), Monitor())
+    pixel_error = 0.25 * error(without.x, x) ** 0.5
+    assert without.details["cramer_rao_noise"] == "the known noise"
+    assert pixel_error == pytest.approx(without.details["cramer_rao_rms"], rel=0.25)
+    assert error(with_prior.x, x) < 0.5 * error(without.x, x)
+
+    def objective(candidate: Tensor) -> float:
+        matching = float(squared(clean.simulate(candidate, y), noisy)) / std**2
+        pixels = view.victim.space.decode(candidate)
+        differences = pixels.diff(dim=-1).square().sum() + pixels.diff(dim=-2).square().sum()
+        return matching + float(differences) / ATTACK.smoothness**2
+
+    assert objective(with_prior.x.float()) < objective(x)
+    assert float(view.victim.space.decode(with_prior.x).min()) >= -1e-6
+
+
+def test_same_generator_same_result() -> None:
+    view, _, _ = capture(Round(1))
+    first, again = (ATTACK.run(view, fork(3, "attack"), Monitor()) for _ in range(2))
+    assert torch.equal(first.x, again.x)
+    assert first.history == again.history
+
+
+def test_deadline_and_divergence_keep_the_best() -> None:
+    view, _, _ = capture(Round(1))
+    late = ATTACK.run(view, fork(0, "attack"), Monitor(deadline=time.monotonic()))
+    assert (late.stopped, late.iterations) == ("budget", 1)
+    assert late.x.shape == (1, *SHAPE)
+
+
+def test_progress_and_falling_loss() -> None:
+    view, _, _ = capture(Round(1))
+    seen: list[tuple[int, int, float]] = []
+    found = replace(ATTACK, warm_start=0).run(
+        view, fork(0, "attack"), Monitor(on_step=lambda i, total, loss: seen.append((i, total, loss)))
+    )
+    losses = [loss for _, _, loss in seen]
+    assert losses == sorted(losses, reverse=True)
+    assert found.loss == losses[-1]
+    assert {total for _, total, _ in seen} == {ATTACK.iterations}
+
+
+def test_warm_start_runs_after_a_stall() -> None:
+    view, _, _ = capture(Round(1), activation="relu")
+    found = replace(ATTACK, warm_start=30, iterations=5).run(view, fork(0, "attack"), Monitor())
+    assert found.details["warm_start"]
+    assert found.iterations > 6
+
+
+def test_applies_reasons_with_figures() -> None:
+    view, _, _ = capture(Round(1))
+    assert ATTACK.applies(view) is None
+    reason = replace(ATTACK, memory_gb=1e-3).applies(view)
+    assert reason is not None
+    assert "192 unknowns" in reason
+    assert "GB" in reason
+
+
+@pytest.mark.parametrize("change", ["iterations=0", "damping=-1", "memory_gb=0", "smoothness=-0.1"])
+def test_bad_options_are_input_errors(change: str) -> None:
+    with pytest.raises(InputError, match=change.partition("=")[0]):
+        spec.parse(f"levenberg-marquardt:{change}", {"levenberg-marquardt": ATTACK})
+
+
+def test_given_labels_win_over_inference() -> None:
+    view, _, y = capture(Round(1))
+    wrong = (y + 1) % CLASSES
+    labels, source = choose_labels(replace(view, knowledge=Knowledge(**told(wrong))), fork(0, "labels"))
+    assert labels is not None
+    assert torch.equal(labels, wrong)
+    assert source == "known: test"
+
+
+@pytest.mark.parametrize("shape", [(30, 12), (8, 12)])
+def test_step_solves_the_damped_normal_equations(shape: tuple[int, int]) -> None:
+    columns = torch.randn(shape, generator=fork(0, "columns"), dtype=torch.float64)
+    residual = torch.randn(shape[0], generator=fork(0, "residual"), dtype=torch.float64)
+    normal = Normal.of(columns, None)
+    factor, damping = normal.factor(0.3)
+    step, gradient = normal.step(factor, residual, None)
+    expected = -torch.linalg.solve(columns.T @ columns + 0.3 * torch.eye(12), columns.T @ residual)
+    assert damping == 0.3
+    assert torch.allclose(step, expected, rtol=1e-9)
+    assert torch.allclose(gradient, columns.T @ residual)
+
+
+def test_singular_normal_equations_raise_the_damping() -> None:
+    columns = torch.ones(5, 3, dtype=torch.float64)
+    _, damping = Normal.of(columns, None).factor(0.0)
+    assert damping > 0
+
+
+def test_lower_gram() -> None:
+    rows = torch.randn(17, 40, generator=fork(0, "rows"), dtype=torch.float64)
+    assert torch.allclose(lower_gram(rows).tril(), (rows @ rows.T).tril(), rtol=1e-12)
+
+
+def test_smoothness_matrix_is_the_sum_over_neighbours() -> None:
+    view, x, _ = capture(Round(1))
+    system = System.of(view.to(dtype=torch.float64), None, fork(0, "system"))
+    matrix = smoothness_matrix(system, 0.1)
+    point = system.point(x.double(), torch.randn(1, CLASSES, dtype=torch.float64))
+    pixels = view.victim.space.decode(x.double())
+    differences = pixels.diff(dim=-1).square().sum() + pixels.diff(dim=-2).square().sum()
+    assert float((point @ matrix @ point.T)[0, 0]) == pytest.approx(float(differences) / 0.01, rel=1e-9)
