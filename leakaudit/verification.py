@@ -111,8 +111,9 @@ def expected_error(view: View, x: Tensor, y: Tensor) -> Floor:
     """How far the observed update may be from the exact one of the true data.
 
     Known noise; else visible quantisation; else rounding: the difference between float32 and
-    float64 simulations at (x, y), scaled to the precision the numbers are stored in, times 4,
-    since the client rounded differently.
+    float64 simulations at (x, y), scaled to the precision the numbers are stored in, and what the
+    file's own rounding (`View.rounding`, of a difference of checkpoints) adds; times 4, since the
+    client rounded differently.
     """
     noise = view.knowledge.noise_std.value
     numbers = view.observed.numel()
@@ -150,7 +151,8 @@ def _rounding(view: View, x: Tensor, y: Tensor) -> dict[str, float]:
         measured = _rms(single[name].double() - double[name])
         coarse = eps * size if eps > eps32 else 0.0
         rms[name] = ROUNDING_SLACK * max(measured * min(1.0, eps / eps32), coarse, OWN_PRECISION * size)
-    least = max(rms.values()) * 1e-6
+    stored_as_weights = ROUNDING_SLACK * view.rounding * _rms(view.observed.flat())
+    least = max(stored_as_weights, max(rms.values()) * 1e-6)
     return {name: max(value, least) for name, value in rms.items()}
 
 

@@ -170,6 +170,19 @@ def test_storage_precision_sets_the_floor(dtype: torch.dtype) -> None:
     assert found.floor < {torch.float16: 0.02, torch.bfloat16: 0.1, torch.float64: 1e-10}[dtype]
 
 
+def test_difference_of_checkpoints_sets_the_floor() -> None:
+    """(before - after) / learning rate in float32 loses digits, which the reader of the file reports."""
+    view, x, y = capture(full_rank())
+    rate = 1e-3
+    before = view.victim.params
+    delta = {name: (p - (p - rate * view.observed[name])) / rate for name, p in before.items()}
+    observed = type(view.observed)(delta)
+    rounding = float((observed - view.observed).norm() / view.observed.norm())
+    assert rounding > 1e-5
+    assert verify(replace(view, observed=observed), x, y).status == "not-matched"
+    assert verify(replace(view, observed=observed, rounding=rounding), x, y).status != "not-matched"
+
+
 def test_quantisation_sets_the_floor() -> None:
     view, x, y = capture(full_rank())
     step = float(view.observed["3.weight"].abs().max()) / 127
