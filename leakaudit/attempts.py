@@ -1,7 +1,7 @@
 """Finished attempts on disk, so that an interrupted audit can be resumed.
 
-An attempt is filed under a key of everything that determines it: the observed update, the
-checkpoint, what the adversary knows, the attack's spec, the seed and the restart.  An
+An attempt is filed under a key of everything that determines it: the observed update, the model and
+its checkpoint, what the adversary knows, the attack's spec, the seed, the restart and our version.  An
 interrupted attempt is not kept: it starts again from its seed, so a resumed audit ends with
 the same result as one that was left alone.
 """
@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from leakaudit import __version__
 from leakaudit.attacks.base import Reconstruction
 from leakaudit.errors import InputError
 from leakaudit.formats.reading import read_safetensors
@@ -73,10 +76,26 @@ class AttemptStore:
 
 
 def _fingerprint(view: View, spec: str, seed: int) -> str:
-    digest = hashlib.sha256(repr((spec, seed, view.round, view.victim.mode, str(view.victim.dtype))).encode())
-    digest.update(repr([(name, str(fact.value), fact.status) for name, fact in view.knowledge]).encode())
-    for tensors in (view.observed, view.victim.params, view.victim.frozen, view.victim.buffers):
-        for name, tensor in tensors.items():
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    victim = view.victim
+    model = (victim.name, repr(victim.module), victim.mode, victim.loss_function.__name__, victim.space)
+    digest = hashlib.sha256(repr((__version__, spec, seed, view.round, model, victim.dtype)).encode())
+    facts = {name: (fact.value, fact.status) for name, fact in view.knowledge}
+    for content in (facts, view.observed, victim.params, victim.frozen, victim.buffers):
+        _digest(content, digest)
     return digest.hexdigest()[:16]
+
+
+def _digest(content: object, digest: hashlib._Hash) -> None:
+    """Every number of every tensor counts; `repr` shows a tensor's first digits only."""
+    if isinstance(content, Tensor):
+        digest.update(repr((content.dtype, content.shape)).encode())
+        digest.update(content.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    elif isinstance(content, Mapping):
+        for name, value in content.items():
+            digest.update(repr(name).encode())
+            _digest(value, digest)
+    elif isinstance(content, tuple):
+        for value in content:
+            _digest(value, digest)
+    else:
+        digest.update(repr(content).encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +28,13 @@ def needs_scale(view: View) -> str | None:
     return None
 
 
+def require_positive(options: object, *names: str) -> None:
+    """`ValueError` for the first of the named fields that is not above zero."""
+    for name in names:
+        if not getattr(options, name) > 0:
+            raise ValueError(f"{name} must be positive, got {getattr(options, name)}")
+
+
 @dataclass(frozen=True)
 class DeepLeakage:
     """L-BFGS on the squared distance.
@@ -40,13 +48,16 @@ class DeepLeakage:
         patience: stop after this many iterations without a gain of 1 %.
     """
 
-    labels: str = "joint"
+    labels: Literal["joint", "inferred"] = "joint"
     iterations: int = 300
     learning_rate: float = 1.0
     line_search: bool = True
     target: float = 1e-6
     patience: int = 15
     restarts: int = 2
+
+    def __post_init__(self) -> None:
+        require_positive(self, "iterations", "learning_rate", "patience", "restarts")
 
     def applies(self, view: View) -> str | None:
         return needs_scale(view)
@@ -90,6 +101,9 @@ class InvertingGradients:
     signed: bool = True
     patience: int | None = None
     restarts: int = 1
+
+    def __post_init__(self) -> None:
+        require_positive(self, "iterations", "learning_rate", "restarts")
 
     def applies(self, view: View) -> str | None:
         return None

@@ -28,7 +28,7 @@ class Quantise:
 
 
 def _int8(tensor: Tensor) -> Tensor:
-    step = tensor.abs().max().clamp_min(torch.finfo(tensor.dtype).tiny) / 127
+    step = (tensor.abs().max() / 127).clamp_min(torch.finfo(tensor.dtype).tiny)
     return (tensor / step).round() * step
 
 
