@@ -132,6 +132,8 @@ class LevenbergMarquardt:
             if monitor.step(here.loss, *problem.system.split(here.point)):
                 return monitor.stopped
             normal = problem.linearise(here)
+            if not normal.finite:
+                break
             damping = damping or self.damping * normal.scale
             for _ in range(TRIES):
                 factor, damping = normal.factor(damping)
@@ -265,6 +267,11 @@ class Normal:
     def scale(self) -> float:
         """Mean squared column norm."""
         return float(self.gram.diagonal().sum()) / self.columns.shape[1]
+
+    @property
+    def finite(self) -> bool:
+        """False when the Jacobian overflowed, as that of a steep activation can."""
+        return bool(self.gram.diagonal().isfinite().all())
 
     def factor(self, damping: float) -> tuple[Tensor, float]:
         """The Cholesky factor, and the damping with which it exists (raised where needed)."""

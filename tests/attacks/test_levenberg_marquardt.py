@@ -214,6 +214,24 @@ def test_singular_normal_equations_raise_the_damping() -> None:
     assert damping > 0
 
 
+def test_overflowing_jacobian_ends_the_descent() -> None:
+    """Square roots of zero have infinite slopes: the attack must end, with its start as the best."""
+
+    class Roots(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = torch.nn.Linear(192, CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x.clamp(min=0).flatten(1).sqrt())
+
+    victim = Victim.of(Roots(), Pixels(SHAPE, (0.5,) * 3, (0.25,) * 3), CLASSES)
+    x, y = victim.space.encode(torch.rand(1, *SHAPE)), torch.tensor([3])
+    view = View(victim, Round(1), client_update(victim, victim.params, Round(1), x, y).detach())
+    found = replace(ATTACK, warm_start=0).run(view, fork(0, "attack"), Monitor())
+    assert (found.stopped, bool(found.x.isfinite().all())) == ("plateau", True)
+
+
 def test_lower_gram() -> None:
     rows = torch.randn(17, 40, generator=fork(0, "rows"), dtype=torch.float64)
     assert torch.allclose(lower_gram(rows).tril(), (rows @ rows.T).tril(), rtol=1e-12)
