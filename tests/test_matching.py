@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from leakaudit.attacks.matching import cosine, squared, statistics_distance, total_variation
+from leakaudit.update import Update
+
+NUMBERS = st.lists(st.floats(-3, 3, width=32), min_size=6, max_size=6)
+
+
+def update(numbers: list[float]) -> Update:
+    values = torch.tensor(numbers, dtype=torch.float64)
+    return Update({"w": values[:4].view(2, 2), "b": values[4:]})
+
+
+@settings(max_examples=60, deadline=None)
+@given(NUMBERS, NUMBERS)
+def test_distances_against_numpy(left: list[float], right: list[float]) -> None:
+    a, b = np.array(left), np.array(right)
+    assert float(squared(update(left), update(right))) == pytest.approx(((a - b) ** 2).sum())
+    if np.linalg.norm(a) > 1e-3 and np.linalg.norm(b) > 1e-3:
+        expected = 1 - a @ b / (np.linalg.norm(a) * np.linalg.norm(b))
+        assert float(cosine(update(left), update(right))) == pytest.approx(expected, abs=1e-9)
+
+
+@settings(max_examples=20, deadline=None)
+@given(NUMBERS, st.floats(0.1, 10))
+def test_cosine_has_no_scale(numbers: list[float], factor: float) -> None:
+    here = update(numbers)
+    if float(here.norm()) > 1e-3:
+        assert float(cosine(here * factor, here)) == pytest.approx(0, abs=1e-9)
+        assert float(cosine(here * -factor, here)) == pytest.approx(2, abs=1e-9)
+
+
+def test_only_what_was_simulated_is_compared() -> None:
+    """A restricted view simulates some tensors; the order of names does not matter."""
+    simulated = Update({"b": torch.tensor([1.0]), "a": torch.tensor([2.0])})
+    assert float(squared(simulated, Update({"a": torch.tensor([0.0]), "b": torch.tensor([0.0])}))) == 5.0
+
+
+def loop_variation(x: np.ndarray) -> float:
+    across, down = [], []
+    for n, c, i, j in np.ndindex(*x.shape):
+        if j:
+            across.append(abs(x[n, c, i, j] - x[n, c, i, j - 1]))
+        if i:
+            down.append(abs(x[n, c, i, j] - x[n, c, i - 1, j]))
+    return float(np.mean(across) + np.mean(down))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 2, 2), (2, 3, 4, 5)])
+def test_total_variation_against_a_loop(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, dtype=torch.float64)
+    assert float(total_variation(x)) == pytest.approx(loop_variation(x.numpy()))
+    assert float(total_variation(torch.ones(shape))) == 0
+
+
+def test_statistics_distance_is_relative_and_zero_at_the_target() -> None:
+    target = {"n": (torch.tensor([1.0, 2.0]), torch.tensor([4.0, 4.0]))}
+    assert float(statistics_distance(target, target)) == 0
+    found = {"n": (torch.tensor([3.0, 2.0]), torch.tensor([4.0, 8.0]))}
+    # means differ by (2, 0): mean square 2 over variance 4; variances by (0, 4): 8 over 16; their mean
+    assert float(statistics_distance(found, target)) == pytest.approx((2 / 4 + 8 / 16) / 2)
+
+
+@pytest.mark.parametrize("distance", [squared, cosine])
+def test_gradients_of_distances(distance) -> None:  # type: ignore[no-untyped-def]
+    target = update([0.3, -1.0, 0.2, 0.9, -0.4, 1.1])
+    numbers = torch.randn(6, dtype=torch.float64, requires_grad=True)
+
+    def of(values: Tensor) -> Tensor:
+        return distance(Update({"w": values[:4].view(2, 2), "b": values[4:]}), target)
+
+    assert torch.autograd.gradcheck(of, (numbers,))
+
+
+def test_gradients_of_priors() -> None:
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(total_variation, (x,))
+    target = {"n": (torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64))}
+
+    def statistics(x: Tensor) -> Tensor:
+        return statistics_distance({"n": (x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False))}, target)
+
+    assert torch.autograd.gradcheck(statistics, (x,))

@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_audits import CLASSES, SPACE, build, private_batch, victim_of
+from torch import Tensor, nn
+from torch.func import functional_call, jvp, vmap
+
+from leakaudit.models.spaces import Pixels
+from leakaudit.models.victim import Mode, Victim
+from leakaudit.rounds import Round, client_update, parameter_gradient, trained_buffers
+from leakaudit.update import Update
+
+
+def sgd(module: nn.Module, round: Round, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """(before - after) / lr of a plain loop over a plain module, which is trained in place."""
+    before = copy.deepcopy(dict(module.named_parameters()))
+    optimiser = torch.optim.SGD(module.parameters(), lr=round.learning_rate)
+    for step in range(round.local_steps):
+        rows = round.batch(step)
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(module(x[rows]), y[rows]).backward()
+        optimiser.step()
+    return {n: (before[n] - p).detach() / round.learning_rate for n, p in module.named_parameters()}
+
+
+def assert_close(update: Update, expected: dict[str, Tensor], tolerance: float) -> None:
+    assert list(update) == list(expected)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(update[name], tensor, rtol=tolerance, atol=tolerance, msg=name)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    count=st.integers(1, 5),
+    steps=st.integers(1, 6),
+    size=st.integers(1, 5),
+    rate=st.floats(0.01, 0.5),
+    mode=st.sampled_from(["train", "eval"]),
+)
+def test_a_round_is_a_plain_sgd_loop(count: int, steps: int, size: int, rate: float, mode: Mode) -> None:
+    round = Round(count, steps, min(size, count), rate)
+    victim = victim_of("norm", mode).to(dtype=torch.float64)
+    x, y = private_batch(count)
+    module = build("norm").double().train(mode == "train")
+    update = client_update(victim, victim.params, round, x.double(), y)
+    assert_close(update, sgd(module, round, x.double(), y), 1e-9)
+
+
+def test_one_step_of_fedavg_is_fedsgd_whatever_the_learning_rate() -> None:
+    victim = victim_of("smooth")
+    x, y = private_batch(3)
+    gradient = parameter_gradient(victim, victim.params, x, y)
+    for rate in (1e-3, 1.0, 50.0):
+        update = client_update(victim, victim.params, Round(3, learning_rate=rate), x, y)
+        assert all(torch.equal(update[name], gradient[name]) for name in update)
+
+
+def test_partial_last_batches_follow_the_order_given() -> None:
+    round = Round(num_examples=5, local_steps=4, local_batch_size=2)
+    assert [round.batch(step) for step in range(4)] == [[0, 1], [2, 3], [4], [0, 1]]
+    assert Round(3).batch(7) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"num_examples": 0},
+        {"num_examples": 2, "local_steps": 0},
+        {"num_examples": 2, "local_batch_size": 3},
+        {"num_examples": 2, "learning_rate": 0.0},
+        {"num_examples": 2, "learning_rate": float("nan")},
+    ],
+)
+def test_rounds_that_cannot_be(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="got"):
+        Round(**wrong)  # type: ignore[arg-type]
+
+
+def minute_victim() -> Victim:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        module = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 3)).double()
+    return Victim.of(module.float(), Pixels((1, 3, 3)), 3).to(dtype=torch.float64)
+
+
+def test_gradients_through_three_local_steps() -> None:
+    victim = minute_victim()
+    round = Round(num_examples=3, local_steps=3, local_batch_size=2, learning_rate=0.3)
+    x = torch.rand(3, 1, 3, 3, dtype=torch.float64, requires_grad=True)
+    y = torch.rand(3, 3, dtype=torch.float64).softmax(1).requires_grad_()
+
+    def update(x: Tensor, y: Tensor) -> Tensor:
+        return client_update(victim, victim.params, round, x, y).flat()
+
+    assert torch.autograd.gradcheck(update, (x, y))
+
+
+def test_both_ways_of_differentiating_agree() -> None:
+    """Plain autograd, and torch.func inside jvp and vmap, through two local steps."""
+    victim = minute_victim()
+    round = Round(num_examples=2, local_steps=2, local_batch_size=1, learning_rate=0.5)
+    x, y = torch.rand(2, 1, 3, 3, dtype=torch.float64), torch.tensor([0, 2])
+
+    def update(x: Tensor) -> Tensor:
+        return client_update(victim, victim.params, round, x, y).flat()
+
+    plain = torch.autograd.functional.jacobian(update, x).flatten(1)
+    basis = torch.eye(18, dtype=torch.float64).view(18, 2, 1, 3, 3)
+    value, _ = jvp(update, (x,), (basis[0],))
+    forward = vmap(lambda direction: jvp(update, (x,), (direction,))[1])(basis).T
+    torch.testing.assert_close(value, update(x))
+    torch.testing.assert_close(forward, plain)
+
+
+def test_train_mode_uses_the_batch_and_leaves_the_victim_alone() -> None:
+    victim = victim_of("norm", "train")
+    before = {name: tensor.clone() for name, tensor in {**victim.params, **victim.buffers}.items()}
+    x, y = private_batch(4)
+    update = client_update(victim, victim.params, Round(4, 3, learning_rate=0.1), x, y)
+    assert_close(update, sgd(build("norm").train(), Round(4, 3, learning_rate=0.1), x, y), 1e-3)
+    assert all(torch.equal(t, before[n]) for n, t in {**victim.params, **victim.buffers}.items())
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_trained_buffers_are_a_plain_modules(steps: int) -> None:
+    victim = victim_of("norm", "train")
+    x, y = private_batch(5)
+    round = Round(5, steps, 2, 0.1)
+    module = build("norm").train()
+    sgd(module, round, x, y)
+    found = trained_buffers(victim, round, x, y)
+    expected = dict(module.named_buffers())
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+    assert int(found["1.num_batches_tracked"]) == steps
+
+
+def test_dropout_is_off_in_both_modes() -> None:
+    module = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(192, CLASSES))
+    x, y = private_batch(2)
+    updates = [
+        client_update(victim, victim.params, Round(2), x, y).flat()
+        for victim in (Victim.of(module, SPACE, CLASSES, mode) for mode in ("train", "eval"))
+    ]
+    assert torch.equal(*updates)
+
+
+def test_frozen_parameters_are_not_shared() -> None:
+    module = build("smooth")
+    module[0].requires_grad_(False)
+    victim = Victim.of(module, SPACE, CLASSES)
+    x, y = private_batch()
+    update = client_update(victim, victim.params, Round(1, 2, learning_rate=0.1), x, y)
+    assert list(update) == ["2.weight", "2.bias", "5.weight", "5.bias"]
+
+
+def test_the_update_is_taken_at_the_downloaded_weights() -> None:
+    """Other params than the victim's own may be passed; the loss is that of `functional_call`."""
+    victim = victim_of("smooth")
+    x, y = private_batch(2)
+    params = {name: p + 0.1 for name, p in victim.params.items()}
+    module = build("smooth")
+    module.load_state_dict(params)
+    nn.functional.cross_entropy(module(x), y).backward()
+    update = client_update(victim, params, Round(2), x, y)
+    assert_close(update, {n: p.grad for n, p in module.named_parameters() if p.grad is not None}, 1e-6)
+    torch.testing.assert_close(victim.logits(params, x), functional_call(module, params, (x,)))
