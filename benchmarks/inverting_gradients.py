@@ -16,18 +16,18 @@ import json
 import platform
 import statistics
 import time
-from dataclasses import replace
 
 import torch
 
 from leakaudit.attacks.base import Monitor
-from leakaudit.attacks.gradient_matching import INVERTING_GRADIENTS
+from leakaudit.attacks.registry import ATTACKS
 from leakaudit.data import load_batch
 from leakaudit.formats.manifest import Normalisation
 from leakaudit.metrics import METRICS
 from leakaudit.models.zoo import load_victim
 from leakaudit.randomness import fork
 from leakaudit.rounds import Round, client_update
+from leakaudit.spec import parse
 from leakaudit.threat import Knowledge, View, known
 
 CIFAR = Normalisation(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
@@ -40,15 +40,14 @@ def main() -> None:
     parser.add_argument("--checkpoint")
     parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--start", type=int, default=0, help="first image")
-    parser.add_argument("--iterations", type=int, default=INVERTING_GRADIENTS.iterations)
-    parser.add_argument("--tv", type=float, default=INVERTING_GRADIENTS.tv)
+    parser.add_argument("--attack", default="tuned-inverting-gradients", help="name:key=value,...")
     parser.add_argument("--restarts", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
-    attack = replace(INVERTING_GRADIENTS, iterations=options.iterations, tv=options.tv)
+    attack = parse(options.attack, ATTACKS, "attack")
     batch = load_batch(options.data, (3, 32, 32), options.images, start=options.start)
     scores: dict[str, list[float]] = {"psnr": [], "ssim": []}
     for index in range(options.images):
@@ -77,9 +76,11 @@ def main() -> None:
         row = {name: float(METRICS[name].function(found.cpu(), pixels.cpu())[0]) for name in scores}
         for name, value in row.items():
             scores[name].append(value)
-        seconds = round_seconds(time.monotonic() - began)
+        seconds = float(f"{time.monotonic() - began:.3g}")
         print(
-            json.dumps({"image": options.start + index, **row, "loss": best.loss, "seconds": seconds}),
+            json.dumps(
+                {"image": options.start + index, **row, "loss": best.loss, **best.details, "seconds": seconds}
+            ),
             flush=True,
         )
     summary = {
@@ -89,10 +90,6 @@ def main() -> None:
     print(
         json.dumps({**vars(options), **summary, "torch": torch.__version__, "machine": platform.processor()})
     )
-
-
-def round_seconds(seconds: float) -> float:
-    return float(f"{seconds:.3g}")
 
 
 if __name__ == "__main__":

@@ -65,11 +65,9 @@ class Monitor:
     """Watches one attempt: keeps the best candidate, the loss curve and the film strip, and says when to stop.
 
     Args:
-        total: iterations planned, for progress.
         on_step: called with (iteration, total, loss).
         deadline: value of `time.monotonic()` after which to stop; None for no limit.
         frames: film strip length at most, spaced by powers of a constant ratio.
-        patience: stop after this share of `total` without a relative improvement of `min_gain`; None never.
     """
 
     def __init__(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from leakaudit.attacks.base import Attack
-from leakaudit.attacks.gradient_matching import DLG, IDLG, INVERTING_GRADIENTS
+from leakaudit.attacks.gradient_matching import DLG, IDLG, INVERTING_GRADIENTS, TUNED_INVERTING_GRADIENTS
 from leakaudit.attacks.levenberg_marquardt import LevenbergMarquardt
 from leakaudit.attacks.linear import Linear, PatchEmbeddingInverse
 
@@ -14,6 +14,7 @@ ATTACKS: dict[str, Attack] = {
     "dlg": DLG,
     "idlg": IDLG,
     "inverting-gradients": INVERTING_GRADIENTS,
+    "tuned-inverting-gradients": TUNED_INVERTING_GRADIENTS,
 }
 
 DESCRIPTIONS: dict[str, str] = {
@@ -23,10 +24,12 @@ DESCRIPTIONS: dict[str, str] = {
     "dlg": "L-BFGS on squared distance with joint soft labels (Zhu et al. 2019)",
     "idlg": "as dlg, labels inferred first (Zhao et al. 2020)",
     "inverting-gradients": "cosine distance, signed Adam, total variation (Geiping et al. 2020)",
+    "tuned-inverting-gradients": "the same, the weight of the prior chosen by the matching loss",
 }
 
-AUTO = ("linear", "patch-embedding", "levenberg-marquardt", "idlg", "inverting-gradients")
+AUTO = ("linear", "patch-embedding", "levenberg-marquardt", "idlg", "tuned-inverting-gradients")
 """What `auto` tries, from cheap to dear."""
 
-EXPENSIVE = ("levenberg-marquardt", "dlg", "idlg")
-"""Attacks that need not run once another has matched the update: they could only match it again."""
+EXACT = ("linear", "patch-embedding", "levenberg-marquardt", "dlg", "idlg")
+"""Attacks without a prior on images: once the update is matched, another match tells nothing new,
+while a prior can still choose among the inputs that share the update."""
