@@ -91,6 +91,10 @@ class Monitor:
         self._last_gain = 0
         self._gain_loss = math.inf
 
+    def rehearsal(self) -> Monitor:
+        """A monitor for a try-out: the same deadline and progress, nothing of it kept here."""
+        return Monitor(self._on_step, self._deadline)
+
     def start(
         self, total: int, patience: int | None = None, target: float = 0.0, min_gain: float = 1e-3
     ) -> None:
