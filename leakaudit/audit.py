@@ -15,9 +15,10 @@ from torch import Tensor
 
 from leakaudit import __version__
 from leakaudit.data import PrivateBatch, control_photos
+from leakaudit.errors import InputError
 from leakaudit.execution import OnProgress, Outcome, Plan, progress, run_attacks
 from leakaudit.formats.writing import save_tensors
-from leakaudit.hypotheses import Hypothesis, settle
+from leakaudit.hypotheses import Hypothesis, decided, settle
 from leakaudit.illustration import Yardstick, illustrate
 from leakaudit.inspection import Inspection
 from leakaudit.judgement import floor_control, judge
@@ -185,8 +186,13 @@ def _controls(
 def _positive_control(
     view: View, outcome: Outcome, settings: Settings, folder: Path, on_progress: OnProgress | None
 ) -> Control:
-    """The same attack on the undefended one-step gradient of one photo, through the same model."""
-    photo = control_photos(view.victim.space.shape).first(1)
+    """The same attack, with a budget of its own, on the undefended one-step gradient of one photo, through
+    the same model."""
+    label = outcome.chosen.name
+    try:
+        photo = control_photos(view.victim.space.shape).first(1)
+    except InputError as error:
+        return _no_control(f"there is no photo for it: {error}")
     x = view.victim.space.encode(photo.pixels).to(view.victim.device, view.victim.dtype)
     y = photo.labels.to(view.victim.device) % view.victim.num_classes
     round = Round(num_examples=1)
@@ -202,14 +208,13 @@ def _positive_control(
     )
     observed = client_update(view.victim, view.victim.params, round, x, y).detach()
     control = View(view.victim, round, observed.select(view.observed), knowledge)
-    plan = replace(settings.plan, attacks=(outcome.chosen.spec,), budget=None, restarts=None)
-    label = outcome.chosen.name
+    plan = replace(settings.plan, attacks=(outcome.chosen.spec,), restarts=None)
     refused = outcome.chosen.attack.applies(control)
     if refused is not None:
-        return Control(
-            name="positive", passed=None, text=f"Positive control: {label} does not apply to it: {refused}."
-        )
+        return _no_control(f"{label} does not apply to it: {refused}")
     outcomes, _ = run_attacks(control, plan, folder / "attempts", on_progress)
+    if outcomes[0].status == "interrupted":
+        return _no_control("it was interrupted")
     yardstick = Yardstick(photo, None, settings.metrics, settings.policy, plan.seed)
     trial = illustrate(outcomes[0], control, yardstick, folder / "control", best=False)
     broken = settings.policy.broken_by(example.scores for example in trial.examples)
@@ -220,6 +225,10 @@ def _positive_control(
         text=f"Positive control: {label} on the undefended gradient of one photo {verdict}.",
         scores=trial.scores,
     )
+
+
+def _no_control(reason: str) -> Control:
+    return Control(name="positive", passed=None, text=f"The positive control did not run: {reason}.")
 
 
 # ------------------------------------------------------------------ plain values for the report
@@ -294,5 +303,11 @@ def _hypothesis_findings(hypotheses: Sequence[Hypothesis]) -> list[Finding]:
         return []
     best = min(hypotheses, key=lambda hypothesis: hypothesis.residual)
     tried = {f"{h.mode}, {h.local_steps} steps": h.residual for h in hypotheses}
-    text = f"Of {len(hypotheses)} hypotheses on what the file does not say, {best.mode} mode with {best.local_steps} local steps fits best (relative residual {best.residual:.2g})."
-    return [Finding(name="hypotheses", severity="info", text=text, data=tried)]
+    text = (
+        f"Of {len(hypotheses)} hypotheses on what the file does not say, {best.mode} mode with "
+        f"{best.local_steps} local steps fits best (relative residual {best.residual:.2g})."
+    )
+    if decided(hypotheses):
+        return [Finding(name="hypotheses", severity="info", text=text, data=tried)]
+    text += " Another fits almost as well; state the mode and the local steps if you know them."
+    return [Finding(name="hypotheses", severity="warning", text=text, data=tried)]

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Literal
 
 from leakaudit.attacks.base import Attack, Monitor, OnStep, Reconstruction
-from leakaudit.attacks.registry import ATTACKS, AUTO, EXPENSIVE
+from leakaudit.attacks.registry import ATTACKS, AUTO, EXACT
 from leakaudit.attempts import AttemptStore
+from leakaudit.errors import InputError
 from leakaudit.randomness import fork
 from leakaudit.results import Skipped, Verification
 from leakaudit.spec import format_spec, parse
@@ -121,7 +122,8 @@ def _needless(entry: Chosen, outcomes: list[Outcome], deadline: float | None) ->
         check = outcome.verification
         if check is not None and check.status == "verified":
             return f"{outcome.chosen.name} already explains the update to its floor, and uniquely"
-        if check is not None and check.status == "consistent" and entry.name in EXPENSIVE:
+        deficient = check is not None and check.rank is not None
+        if check is not None and check.status == "consistent" and (entry.name in EXACT or not deficient):
             return f"{outcome.chosen.name} already explains the update to its floor"
     if deadline is not None and time.monotonic() > deadline:
         return "the time budget was used up"
@@ -155,7 +157,7 @@ def _run(
         except KeyboardInterrupt:
             interrupted = True
             break
-        except (RuntimeError, ArithmeticError) as error:
+        except (RuntimeError, ArithmeticError, InputError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             continue
         found, seconds = kept
@@ -167,6 +169,11 @@ def _run(
         if interrupted or late or (plan.restarts is None and attempts[-1].residual < MATCHED):
             break
     best = min(attempts, key=lambda attempt: attempt.residual, default=None)
+    check = None
+    try:
+        check = None if best is None else verify(view, best.found.x, best.found.y)
+    except KeyboardInterrupt:
+        interrupted = True
     if interrupted:
         reason = (
             "interrupted; the best candidate so far is kept" if best else "interrupted before the first step"
@@ -177,7 +184,7 @@ def _run(
         status="interrupted" if interrupted else "done" if best else "failed",
         reason=reason,
         seconds=time.monotonic() - began,
-        verification=None if best is None else verify(view, best.found.x, best.found.y),
+        verification=check,
     )
 
 

@@ -23,9 +23,6 @@ from leakaudit.report.pictures import contact_sheet, difference, write_png
 from leakaudit.results import Attempt, ExampleScores, Frame, Score, SuccessRate, Trial
 from leakaudit.threat import View
 
-RESTART_METRICS = ("mse", "psnr", "ssim")
-"""Metrics cheap enough for every restart."""
-
 
 @dataclass(frozen=True)
 class Yardstick:
@@ -65,8 +62,8 @@ class Yardstick:
         """With the truth: the policy is broken.  Without: the update is matched."""
         if self.truth is None:
             return attempt.residual < MATCHED
-        names = [name for name in self.metrics if name in RESTART_METRICS]
-        return bool(self.policy.broken_by(self.scores(shown(space, attempt.found.x), names)[1]))
+        scores = self.scores(shown(space, attempt.found.x), self.policy.metrics)[1]
+        return bool(self.policy.broken_by(scores))
 
     @property
     def criterion(self) -> str:

@@ -52,6 +52,11 @@ def judge(
             policy=text,
         )
     reasons = _doubts(trials, best, findings)
+    if truth_known and best is not None:
+        scores = [example.scores for example in trials[best].examples]
+        reasons += [
+            f"The policy asks for {name}, which was not measured." for name in policy.unmeasured(scores)
+        ]
     positive = next((control for control in controls if control.name == "positive"), None)
     if not truth_known:
         return Verdict(
@@ -102,7 +107,7 @@ def floor_control(scores: Sequence[Score]) -> Control:
     parts = ", ".join(f"{score.metric} {score.chance:.3g} {score.unit}".strip() for score in chances)
     return Control(
         name="floor",
-        passed=None,
+        passed=True,
         text=f"Unrelated images score: {parts}.",
         scores=[score.model_copy(update={"value": score.chance, "chance": None}) for score in chances],
     )

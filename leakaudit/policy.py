@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from leakaudit.errors import InputError
+from leakaudit.results import NEVER
 from leakaudit.spec import suggest
 
 POLICY_METRICS = ("psnr", "ssim", "lpips", "lpips-alex", "mse")
@@ -35,9 +36,20 @@ class Threshold:
 
 @dataclass(frozen=True)
 class Policy:
-    """Crossing any threshold is leakage; no thresholds: nothing is."""
+    """Crossing any threshold is leakage; when not `enforced` it is reported, but fails nothing."""
 
     thresholds: tuple[Threshold, ...]
+    enforced: bool = True
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The metrics it needs, each once."""
+        return tuple(dict.fromkeys(threshold.metric for threshold in self.thresholds))
+
+    def unmeasured(self, examples: Iterable[Mapping[str, float | None]]) -> list[str]:
+        """Metrics of the policy that no example was measured with: it could not have been broken by them."""
+        rows = list(examples)
+        return [metric for metric in self.metrics if all(row.get(metric) is None for row in rows)]
 
     def broken_by(self, examples: Iterable[Mapping[str, float | None]]) -> list[str]:
         """One sentence for every threshold that some example crosses, with the worst score."""
@@ -57,13 +69,16 @@ class Policy:
         return sentences
 
     def __str__(self) -> str:
-        return ",".join(map(str, self.thresholds)) or "never"
+        return ",".join(map(str, self.thresholds)) if self.enforced else NEVER
 
 
 def parse_policy(text: str) -> Policy:
-    """`psnr>20,ssim>0.5`, or `never`.  Raises `InputError` for anything else."""
-    if text.strip() == "never":
-        return Policy(())
+    """`psnr>20,ssim>0.5`, or `never`: the default thresholds, which then fail nothing.
+
+    Raises `InputError` for anything else.
+    """
+    if text.strip() == NEVER:
+        return replace(parse_policy(DEFAULT_POLICY), enforced=False)
     return Policy(tuple(_parse_threshold(item.strip()) for item in text.split(",")))
 
 

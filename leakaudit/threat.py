@@ -131,12 +131,13 @@ class View:
         return self.round.num_examples * self.victim.space.unknowns
 
     def residual(self, x: Tensor, y: Tensor) -> float:
-        """The common yardstick of all attacks, >= 0: |g(x) - g*| / |g*|.
+        """The common yardstick of all attacks, >= 0: |g(x) - g*| / |g*|, in the view's own precision.
 
         For a scale-free view the simulated update is first scaled to fit best, which
         gives sqrt(1 - cos^2), or 1 when the cosine is not positive.
         """
-        simulated = self.simulate(x, y).detach()
+        dtype = self.victim.dtype
+        simulated = self.simulate(x.to(dtype), y.to(dtype) if y.is_floating_point() else y).detach()
         length = self.observed.norm()
         if self.scale_free:
             fit = float(simulated.dot(self.observed) / simulated.dot(simulated))
@@ -179,7 +180,9 @@ def see(victim: Victim, shared: SharedUpdate, labels: Tensor | None = None) -> V
         labels=UNKNOWN if labels is None else known(labels, "given by the user", upper_bound=True),
         batch_size=_said(count, "assumed 1"),
         local_steps=_said(steps, "assumed 1"),
-        local_batch_size=_said(manifest.local_batch_size, "assumed the whole batch"),
+        local_batch_size=_said(
+            manifest.local_batch_size or (count if steps == 1 else None), "assumed the whole batch"
+        ),
         learning_rate=_said(manifest.learning_rate, "not needed for one step"),
         mode=_mode(victim, manifest.mode),
         loss=_said(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -109,7 +109,7 @@ def lbfgs(
     monitor.start(iterations, patience=patience, target=target)
     for _ in range(iterations):
         x, y = candidate.x.detach().clone(), candidate.y.detach()
-        loss = float(optimizer.step(closure))  # type: ignore[arg-type]
+        loss = float(cast(Any, optimizer).step(closure))
         if monitor.step(loss, x, y):
             return
         if torch.equal(x, candidate.x.detach()):
@@ -154,7 +154,7 @@ def adam(
             variable.grad = gradient
         if signed:
             assert candidate.x.grad is not None
-            candidate.x.grad.sign_()
+            candidate.x.grad = candidate.x.grad.sign()
         optimizer.step()
         scheduler.step()
         if project is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -244,5 +244,5 @@ def _prepare(module: nn.Module, mode: Mode) -> nn.Module:
         if isinstance(child, _DropoutNd):
             child.eval()
         if getattr(child, "inplace", False):
-            child.inplace = False
+            cast(Any, child).inplace = False
     return module

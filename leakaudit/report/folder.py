@@ -26,7 +26,7 @@ def write_run(result: AuditResult, folder: Path) -> AuditResult:
     """Write result.json and report.html into `folder`, each atomically.
 
     The pictures named by the result must already be there.  A result marked `redacted`
-    is stripped of the truth first.
+    is stripped of the truth first, and pictures of it that an earlier run left are deleted.
 
     Returns:
         What was written, knowing its folder.
@@ -36,11 +36,25 @@ def write_run(result: AuditResult, folder: Path) -> AuditResult:
     """
     from leakaudit.report.html import render_html
 
+    if result.redacted:
+        _forget_originals(folder)
     written = (redact(result) if result.redacted else result).in_folder(folder)
     page = render_html(written, folder)
     write_atomically(folder / RESULT_NAME, written.to_json().encode())
     write_atomically(folder / REPORT_NAME, page.encode("utf-8", "replace"))
     return written
+
+
+def _forget_originals(folder: Path) -> None:
+    """Delete what an earlier run in the same folder showed of the truth."""
+    try:
+        before = read_run(folder)
+    except InputError:
+        return
+    for trial in before.trials:
+        for example in trial.examples:
+            for name in filter(None, (example.original, example.difference)):
+                locate_picture(folder, name).unlink(missing_ok=True)
 
 
 def read_run(folder: Path) -> AuditResult:

@@ -1,0 +1,102 @@
+"""What the file does not say is found by trying: train or eval mode, and the number of local steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from tiny_audits import UNSAID, victim_of, view_of
+
+from leakaudit.attacks.base import Monitor, Reconstruction
+from leakaudit.attacks.gradient_matching import InvertingGradients
+from leakaudit.audit import _hypothesis_findings
+from leakaudit.hypotheses import STEPS, Hypothesis, settle
+from leakaudit.models.victim import Mode
+from leakaudit.rounds import Round
+from leakaudit.threat import View, known
+
+
+def unsure(view: View, mode: Mode, **facts: object) -> View:
+    """The view of somebody who assumes `mode`."""
+    knowledge = dataclasses.replace(view.knowledge, mode=UNSAID, **facts)  # type: ignore[arg-type]
+    return dataclasses.replace(view, victim=view.victim.with_mode(mode), knowledge=knowledge)
+
+
+@pytest.mark.parametrize("true", ["train", "eval"])
+@pytest.mark.parametrize("assumed", ["train", "eval"])
+def test_the_mode_of_batch_norm_is_inferred(true: Mode, assumed: Mode) -> None:
+    view = unsure(view_of(victim_of("norm", true), Round(2)), assumed)
+    settled, tried = settle(view, seed=0)
+    assert settled.victim.mode == true
+    assert settled.knowledge.mode.value == true
+    assert settled.knowledge.mode.status == "inferred"
+    assert [hypothesis.mode for hypothesis in tried] == ["eval", "train"]
+    right, wrong = sorted(tried, key=lambda hypothesis: hypothesis.mode != true)
+    assert right.residual < wrong.residual / 2
+
+
+def unsaid_steps(steps: int, rate: float, count: int = 1, size: int | None = None) -> View:
+    """A delta of `steps` steps whose number the adversary does not know."""
+    round = Round(count, steps, size, learning_rate=rate)
+    view = view_of(victim_of("smooth"), round, local_steps=UNSAID)
+    return dataclasses.replace(view, round=dataclasses.replace(round, local_steps=1))
+
+
+@pytest.mark.parametrize(("steps", "rate"), [(5, 0.1), (1, 0.1), (3, 0.01)])
+def test_the_number_of_local_steps_is_inferred(steps: int, rate: float) -> None:
+    settled, tried = settle(unsaid_steps(steps, rate), seed=0)
+    assert settled.round.local_steps == steps
+    assert settled.knowledge.local_steps.value == steps
+    assert settled.knowledge.local_steps.status == "inferred"
+    assert [hypothesis.local_steps for hypothesis in tried] == list(STEPS)
+    (finding,) = _hypothesis_findings(tried)
+    assert f"eval mode with {steps} local steps fits best" in finding.text
+    assert len(finding.data) == len(STEPS)
+    assert finding.severity == "info"
+
+
+def test_a_close_call_is_a_doubt_about_the_audit() -> None:
+    close = [Hypothesis("eval", 1, 0.13), Hypothesis("eval", 3, 0.15), Hypothesis("eval", 2, math.inf)]
+    (finding,) = _hypothesis_findings(close)
+    assert finding.severity == "warning"
+    assert "Another fits almost as well" in finding.text
+    assert _hypothesis_findings([]) == []
+
+
+def test_nothing_runs_when_nothing_is_unknown() -> None:
+    view = view_of(victim_of("norm"))
+
+    def never(iteration: int, total: int, loss: float) -> None:
+        pytest.fail("an attack ran")
+
+    assert settle(view, 0, never) == (view, [])
+    unscaled = unsaid_steps(3, 0.1)
+    knowledge = dataclasses.replace(unscaled.knowledge, learning_rate=UNSAID, scale=known(False, "t"))
+    unscaled = dataclasses.replace(unscaled, knowledge=knowledge)
+    assert settle(unscaled, 0, never) == (unscaled, [])
+
+
+def test_a_hypothesis_that_fails_loses(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = InvertingGradients.run
+
+    def fragile(
+        self: InvertingGradients, view: View, generator: torch.Generator, monitor: Monitor
+    ) -> Reconstruction:
+        if view.victim.mode == "eval":
+            raise RuntimeError("the matching loss was never finite")
+        return run(self, view, generator, monitor)
+
+    monkeypatch.setattr(InvertingGradients, "run", fragile)
+    settled, tried = settle(unsure(view_of(victim_of("norm"), Round(2)), "eval"), seed=0)
+    assert settled.victim.mode == "train"
+    assert [hypothesis.residual == float("inf") for hypothesis in tried] == [True, False]
+
+
+def test_labels_that_cannot_be_inferred_leave_things_as_they_are() -> None:
+    view = unsure(view_of(victim_of("norm", "train"), Round(2)), "eval")
+    headless = dataclasses.replace(view, observed=view.observed.select(["0.weight"]))
+    settled, tried = settle(headless, seed=0)
+    assert settled is headless
+    assert tried == []

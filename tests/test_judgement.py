@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from leakaudit.judgement import floor_control, judge
+from leakaudit.policy import parse_policy
+from leakaudit.results import Attempt, Control, ExampleScores, Finding, Score, Trial, Verdict, Verification
+
+POLICY = parse_policy("psnr>20,ssim>0.5")
+PASSED = Control(name="positive", passed=True, text="Positive control: it succeeded.")
+FAILED = Control(name="positive", passed=False, text="Positive control: it failed too.")
+
+
+def trial(
+    psnr: float | None = 10.0, verified: str | None = None, stopped: str = "plateau", **fields: Any
+) -> Trial:
+    check = None
+    if verified:
+        check = Verification(status=verified, text=f"it is {verified}", residual=1e-8, floor=1e-7)  # type: ignore[arg-type]
+    defaults: dict[str, Any] = {
+        "attack": "dlg",
+        "spec": "dlg",
+        "status": "done",
+        "best": 0,
+        "residual": 0.2,
+        "attempts": [Attempt(restart=0, loss=1, residual=0.2, iterations=5, seconds=1, stopped=stopped)],
+        "examples": [ExampleScores(index=0, matched=0, scores={"psnr": psnr, "ssim": 0.1})],
+        "verification": check,
+    }
+    return Trial(**{**defaults, **fields})
+
+
+def verdict(*trials: Trial, truth: bool = True, best: int | None = 0, **options: Any) -> Verdict:
+    controls = options.pop("controls", (PASSED,))
+    return judge(trials, best, controls, options.pop("policy", POLICY), truth_known=truth, **options)
+
+
+def test_a_broken_policy_is_a_leak() -> None:
+    found = verdict(trial(31.0))
+    assert (found.status, found.exit_code) == ("leaks", 1)
+    assert found.reasons == ["dlg: 1 of 1 examples cross psnr>20 (worst psnr 31)"]
+    assert found.policy == "psnr>20,ssim>0.5"
+
+
+def test_any_trial_may_break_it_not_only_the_best() -> None:
+    assert verdict(trial(12.0), trial(25.0)).status == "leaks"
+
+
+def test_without_truth_only_a_verified_match_is_a_leak() -> None:
+    found = verdict(trial(None, "verified"), truth=False)
+    assert (found.status, found.reasons) == ("leaks", ["dlg: it is verified"])
+    for status in ("consistent", "not-matched"):
+        found = verdict(trial(None, status), truth=False)
+        assert (found.status, found.exit_code) == ("inconclusive", 3)
+        assert found.reasons[-1] == "Without the originals a failed attack says nothing about safety."
+
+
+def test_not_recovered_needs_the_truth_and_the_positive_control() -> None:
+    found = verdict(trial(12.0))
+    assert (found.status, found.exit_code) == ("not-recovered", 0)
+    assert "safe" not in " ".join([found.headline, *found.reasons])
+    for controls in ((FAILED,), (), (Control(name="positive", passed=None, text="It did not run."),)):
+        found = verdict(trial(12.0), controls=controls)
+        assert (found.status, found.exit_code) == ("inconclusive", 3)
+    assert verdict(trial(12.0), truth=False).status == "inconclusive"
+
+
+@pytest.mark.parametrize(
+    ("what", "options", "reason"),
+    [
+        (trial(residual=0.99), {}, "The matching loss did not fall (relative residual 0.99)"),
+        (trial(status="interrupted"), {}, "The audit was interrupted."),
+        (trial(stopped="budget"), {}, "The time budget ended the best attack early."),
+        (
+            trial(),
+            {"findings": [Finding(name="x", severity="warning", text="Something is wrong.")]},
+            "Something is wrong.",
+        ),
+        (trial(None), {}, "The policy asks for psnr, which was not measured."),
+        (
+            trial(),
+            {"policy": parse_policy("lpips<0.1")},
+            "The policy asks for lpips, which was not measured.",
+        ),
+    ],
+)
+def test_doubts_make_it_inconclusive(what: Trial, options: dict[str, Any], reason: str) -> None:
+    found = verdict(what, **options)
+    assert found.status == "inconclusive"
+    assert any(text.startswith(reason) for text in found.reasons), found.reasons
+
+
+def test_no_reconstruction_at_all() -> None:
+    failed = trial(status="failed", best=None, examples=[], attempts=[])
+    for truth in (True, False):
+        found = verdict(failed, best=None, truth=truth, controls=())
+        assert found.status == "inconclusive"
+        assert found.reasons[0] == "No attack produced a reconstruction."
+
+
+def test_never_says_what_happened_and_exits_with_zero() -> None:
+    never = parse_policy("never")
+    leak = verdict(trial(31.0), policy=never)
+    assert (leak.status, leak.exit_code, leak.policy) == ("leaks", 0, "never")
+    failed = verdict(trial(12.0), policy=never, controls=(FAILED,))
+    assert failed.exit_code == 3, "an audit that failed is not within any policy"
+
+
+def test_the_floor_is_what_unrelated_images_score() -> None:
+    scores = [
+        Score(metric="psnr", value=30, unit="dB", chance=9.5),
+        Score(metric="lpips", value=None, reason="no weights"),
+    ]
+    control = floor_control(scores)
+    assert control.text == "Unrelated images score: psnr 9.5 dB."
+    assert [(score.metric, score.value) for score in control.scores] == [("psnr", 9.5)]

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from leakaudit.errors import InputError
+from leakaudit.metrics import METRICS
+from leakaudit.policy import DEFAULT_POLICY, POLICY_METRICS, Policy, Threshold, parse_policy
+
+
+def test_every_policy_metric_is_a_metric_that_is_measured() -> None:
+    assert set(POLICY_METRICS) <= set(METRICS)
+
+
+@given(
+    st.lists(
+        st.builds(
+            Threshold,
+            metric=st.sampled_from(POLICY_METRICS),
+            operator=st.sampled_from(["<", ">"]),
+            value=st.integers(-100, 100).map(lambda i: i / 8),
+        ),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_text_and_policy_go_both_ways(thresholds: list[Threshold]) -> None:
+    policy = Policy(tuple(thresholds))
+    assert parse_policy(str(policy)) == policy
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("psrn>20", "unknown metric 'psrn', did you mean 'psnr'"),
+        ("psnr=20", "not METRIC>NUMBER"),
+        ("psnr>", "not METRIC>NUMBER"),
+        ("psnr>1e", "'1e' is not a number"),
+        ("psnr>20,", "policy '' is not"),
+        ("", "policy '' is not"),
+        ("label-accuracy>0.5", "unknown metric"),
+    ],
+)
+def test_mistakes(text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        parse_policy(text)
+
+
+def test_one_example_over_one_threshold_breaks_it() -> None:
+    policy = parse_policy("psnr > 20, lpips<0.3")
+    rows = [{"psnr": 12.0, "lpips": 0.9}, {"psnr": 31.0, "lpips": None}, {"psnr": 25.0}]
+    assert policy.broken_by(rows) == ["2 of 3 examples cross psnr>20 (worst psnr 31)"]
+    assert policy.broken_by([{"psnr": 20.0, "lpips": 0.3}]) == []
+    assert policy.broken_by([{"psnr": math.inf}]) == ["1 of 1 examples cross psnr>20 (worst psnr inf)"]
+    assert policy.broken_by([{"psnr": math.nan, "lpips": 0.1}])[0].startswith(
+        "1 of 1 examples cross lpips<0.3"
+    )
+
+
+def test_what_was_not_measured_is_known() -> None:
+    policy = parse_policy("lpips<0.3,psnr>20,lpips<0.1")
+    assert policy.metrics == ("lpips", "psnr")
+    assert policy.unmeasured([{"psnr": 3.0, "lpips": None}, {"psnr": None}]) == ["lpips"]
+    assert policy.unmeasured([]) == ["lpips", "psnr"]
+
+
+def test_never_still_measures() -> None:
+    never = parse_policy("never")
+    assert str(never) == "never"
+    assert never.thresholds == parse_policy(DEFAULT_POLICY).thresholds
+    assert never.broken_by([{"psnr": 40.0}])
