@@ -131,18 +131,19 @@ class View:
         return self.round.num_examples * self.victim.space.unknowns
 
     def residual(self, x: Tensor, y: Tensor) -> float:
-        """The common yardstick of all attacks, >= 0: |g(x) - g*| / |g*|, in the view's own precision.
+        """The common yardstick of all attacks, >= 0: |g(x) - g*| / |g*|, g(x) in the view's own precision.
 
         For a scale-free view the simulated update is first scaled to fit best, which
         gives sqrt(1 - cos^2), or 1 when the cosine is not positive.
         """
         dtype = self.victim.dtype
         simulated = self.simulate(x.to(dtype), y.to(dtype) if y.is_floating_point() else y).detach()
-        length = self.observed.norm()
+        simulated, observed = simulated.to(torch.float64), self.observed.to(torch.float64)
+        length = observed.norm()
         if self.scale_free:
-            fit = float(simulated.dot(self.observed) / simulated.dot(simulated))
-            return 1.0 if not fit > 0 else float((simulated * fit - self.observed).norm() / length)
-        return float((simulated - self.observed).norm() / length)
+            fit = float(simulated.dot(observed) / simulated.dot(simulated))
+            return 1.0 if not fit > 0 else float((simulated * fit - observed).norm() / length)
+        return float((simulated - observed).norm() / length)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> View:
         """The same view on another device or in another precision."""

@@ -18,8 +18,18 @@ def squared(simulated: Update, observed: Update) -> Tensor:
 
 
 def cosine(simulated: Update, observed: Update) -> Tensor:
-    """1 - cos(g, g*) over all numbers taken as one vector, in [0, 2] (Geiping et al. 2020, equation 4)."""
+    """1 - cos(g, g*) over all numbers taken as one vector, in [0, 2] (Geiping et al. 2020, equation 4).
+
+    Both are first divided by their largest number: a confident model's gradients are so small that
+    their squares would underflow, and a descent would exploit it.
+    """
+    simulated, observed = _unit_size(simulated), _unit_size(observed)
     return 1 - simulated.dot(observed) / (simulated.norm() * observed.norm())
+
+
+def _unit_size(update: Update) -> Update:
+    largest = torch.stack([tensor.detach().abs().max() for tensor in update.values()]).max()
+    return update.map(lambda tensor: tensor / largest)
 
 
 def total_variation(x: Tensor) -> Tensor:
