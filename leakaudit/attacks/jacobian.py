@@ -38,7 +38,7 @@ from leakaudit.update import Update
 
 Piece = Callable[[Tensor], Tensor]
 CHUNK_BYTES = 256 * 2**20
-SEPARABLE_TOLERANCE = 1e-9
+SAME = 1e-9
 
 
 # ------------------------------------------------------------------ compression of one tensor
@@ -117,32 +117,52 @@ def _cast(piece: Piece, dtype: torch.dtype) -> Piece:
     return Buckets(piece.order, piece.sign.to(dtype)) if isinstance(piece, Buckets) else piece
 
 
-def _size(piece: Piece, tensor: Tensor) -> int:
-    if isinstance(piece, LowRank):
-        return piece.left.numel() + piece.right.numel()
-    return piece.sign.shape[0] if isinstance(piece, Buckets) else tensor.numel()
+@dataclass(frozen=True)
+class Plan:
+    """How much each shared tensor is compressed.
+
+    Attributes:
+        ranks: tensor name -> rank, for `LowRank`.
+        counts: tensor name -> equations to keep, for all others.
+        equations: in all.
+    """
+
+    ranks: dict[str, int]
+    counts: dict[str, int]
+    equations: int
 
 
-def compression(view: View, limit: int, generator: torch.Generator) -> dict[str, Piece]:
-    """For every shared tensor, how it becomes equations; about `limit` equations in all.
+def plan(view: View, limit: int) -> Plan:
+    """About `limit` equations.
 
     Fully connected weights are compressed without loss (to first order) where that saves at least
     half; the rest share what is left of `limit` in proportion to their size, at least 64 each.
     """
-    ranks = _linear_ranks(view)
+    shapes = {name: tensor.shape for name, tensor in view.observed.items()}
+    ranks = {
+        name: rank
+        for name, rank in _linear_ranks(view).items()
+        if 2 * rank * sum(shapes[name]) <= shapes[name].numel()
+    }
+    spent = sum(rank * sum(shapes[name]) for name, rank in ranks.items())
+    rest = {name: shape.numel() for name, shape in shapes.items() if name not in ranks}
+    share = max(limit - spent, limit // 2) / max(sum(rest.values()), 1)
+    counts = {name: min(size, max(64, math.ceil(size * share))) for name, size in rest.items()}
+    return Plan(ranks, counts, spent + sum(counts.values()))
+
+
+def compression(view: View, limit: int, generator: torch.Generator) -> dict[str, Piece]:
+    """For every shared tensor, how it becomes equations, as `plan` says."""
+    planned = plan(view, limit)
     pieces: dict[str, Piece] = {}
-    for name, rank in ranks.items():
-        tensor = view.observed[name]
-        if 2 * rank * sum(tensor.shape) <= tensor.numel():
-            pieces[name] = LowRank.of(tensor, rank)
-    rest = {name: tensor for name, tensor in view.observed.items() if name not in pieces}
-    spent = sum(_size(piece, view.observed[name]) for name, piece in pieces.items())
-    numbers = sum(tensor.numel() for tensor in rest.values())
-    share = max(limit - spent, limit // 2) / max(numbers, 1)
-    for name, tensor in rest.items():
-        count = max(64, math.ceil(tensor.numel() * share))
-        pieces[name] = whole if count >= tensor.numel() else Buckets.of(tensor, count, generator)
-    return {name: pieces[name] for name in view.observed}
+    for name, tensor in view.observed.items():
+        if name in planned.ranks:
+            pieces[name] = LowRank.of(tensor, planned.ranks[name])
+        elif planned.counts[name] < tensor.numel():
+            pieces[name] = Buckets.of(tensor, planned.counts[name], generator)
+        else:
+            pieces[name] = whole
+    return pieces
 
 
 def _linear_ranks(view: View) -> dict[str, int]:
@@ -265,7 +285,9 @@ class System:
         length = float(target.norm())
         if view.scale_free:
             target = target / length
-        system = cls(view, fast, labels, pieces, weights, target, length, None)
+        system = cls(view, None, labels, pieces, weights, target, length, None)
+        if fast is not None and system._agrees(fast, generator):
+            system = replace(system, fast=fast)
         return replace(system, mean_of=system._separation(generator))
 
     @property
@@ -376,6 +398,17 @@ class System:
         numbers = (self.fast or self.view).observed.numel() + 20 * self.width + len(self.target)
         return max(1, min(self.width, CHUNK_BYTES // (4 * numbers * self.target.element_size())))
 
+    def _random_point(self, generator: torch.Generator) -> Tensor:
+        shape = (self.view.round.num_examples, self.width)
+        return torch.randn(shape, generator=generator, device=generator.device).to(self.target)
+
+    def _agrees(self, fast: View, generator: torch.Generator) -> bool:
+        """Whether `fast` gives the same equations; not when a weight is also used outside its layer."""
+        point = self._random_point(generator)
+        with torch.no_grad():
+            slow, quick = self._raw(point), replace(self, fast=fast)._raw(point)
+        return bool((slow - quick).norm() <= SAME * slow.norm())
+
     def _separation(self, generator: torch.Generator) -> float | None:
         """The factor c, found by trying on random candidates; None when examples interact."""
         count = self.view.round.num_examples
@@ -383,13 +416,13 @@ class System:
             return 1.0
         if self.view.round.local_steps > 1:
             return None
-        point = torch.randn((count, self.width), generator=generator, device=generator.device).to(self.target)
+        point = self._random_point(generator)
         with torch.no_grad():
             together = self._raw(point)
             apart = torch.stack([self._only(i)._raw(point[i : i + 1]) for i in range(count)]).sum(0)
         factor = float(apart @ together / (apart @ apart))
         mismatch = float((together - factor * apart).norm() / together.norm())
-        return factor if mismatch < SEPARABLE_TOLERANCE else None
+        return factor if mismatch < SAME else None
 
 
 def rms_weights(observed: Update) -> dict[str, float]:

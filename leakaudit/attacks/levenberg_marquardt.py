@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from leakaudit.attacks.base import Monitor, Reconstruction, Stop
-from leakaudit.attacks.jacobian import Spectrum, System
+from leakaudit.attacks.jacobian import Spectrum, System, plan
 from leakaudit.attacks.labels import infer_labels
 from leakaudit.attacks.matching import cosine, total_variation
 from leakaudit.attacks.optimise import Candidate, adam
@@ -76,7 +76,7 @@ class LevenbergMarquardt:
     def applies(self, view: View) -> str | None:
         """None, or why not: the Jacobian would be too large."""
         unknowns = view.unknowns
-        rows = int(min(self.equations * unknowns, view.observed.numel()))
+        rows = plan(view, self._limit(view)).equations
         size = 8 * (unknowns * rows + 3 * min(unknowns, rows) ** 2) / 1e9
         if size > self.memory_gb:
             return (
@@ -109,11 +109,15 @@ class LevenbergMarquardt:
             details |= _spectrum(problem, monitor.best_x, labels)
         return monitor.result(stopped=stopped, details=details)
 
+    def _limit(self, view: View) -> int:
+        """Equations to keep; all of them under noise, where each one counts."""
+        noisy = view.knowledge.noise_std.value
+        return view.observed.numel() if noisy else int(self.equations * view.unknowns)
+
     def _problem(self, view: View, labels: Tensor | None, generator: torch.Generator) -> Problem:
         noise = view.knowledge.noise_std.value
         weights = dict.fromkeys(view.observed, 1 / noise) if noise else None
-        limit = view.observed.numel() if noise else int(self.equations * view.unknowns)
-        system = System.of(view, labels, generator, limit, weights)
+        system = System.of(view, labels, generator, self._limit(view), weights)
         prior = smoothness_matrix(system, self.smoothness) if noise and self.smoothness else None
         return Problem(
             system,

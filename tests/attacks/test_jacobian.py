@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import jacrev
 
-from leakaudit.attacks.jacobian import Buckets, LowRank, Spectrum, System, compression, forward_jacobian
+from leakaudit.attacks.jacobian import Buckets, LowRank, Spectrum, System, compression, forward_jacobian, plan
 from leakaudit.models.spaces import Pixels
 from leakaudit.models.victim import Victim
 from leakaudit.randomness import fork
@@ -184,6 +184,37 @@ def test_lossless_compression_keeps_all_singular_values() -> None:
     full = jacrev(lambda flat: view.simulate(*system.split(flat.view(point.shape))).flat())(point.reshape(-1))
     assert len(system.target) < full.shape[0] / 5
     assert torch.allclose(torch.linalg.svdvals(system.jacobian(point)), torch.linalg.svdvals(full), rtol=1e-8)
+
+
+def test_plan_counts_the_equations() -> None:
+    view, _, y = view_of(Round(1))
+    for limit in (100, 300, 10_000):
+        system = System.of(view, y, fork(0, "system"), limit=limit)
+        assert plan(view, limit).equations >= len(system.target)
+        assert plan(view, limit).equations <= 1.3 * len(system.target)
+
+
+def test_weight_used_twice_is_not_taken_for_a_plain_layer() -> None:
+    """A tied weight gets gradient outside its layer, which `ProjectedLinear` would miss."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.code = nn.Linear(72, 60)
+            self.head = nn.Linear(72, 7)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.code(x.flatten(1)).tanh() @ self.code.weight)
+
+    space = Pixels(SHAPE, (0.4, 0.5), (0.2, 0.3))
+    victim = Victim.of(Tied(), space, 7).to(dtype=torch.float64)
+    x, y = torch.rand(1, *SHAPE, dtype=torch.float64), torch.tensor([1])
+    view = View(victim, Round(1), client_update(victim, victim.params, Round(1), x, y).detach())
+    system = System.of(view, y, fork(0, "system"))
+    assert isinstance(system.pieces["code.weight"], LowRank)
+    assert system.fast is None
+    point = system.point(x)
+    assert torch.allclose(system.jacobian(point), reverse_mode(system, point), rtol=1e-9, atol=1e-11)
 
 
 def test_shared_linear_layers_and_limits() -> None:
