@@ -13,8 +13,8 @@ from pathlib import Path
 
 from torch import nn
 
-from leakaudit.audit import Settings, Subject
-from leakaudit.audit import audit as run_audit
+from leakaudit.auditing import Settings, Subject
+from leakaudit.auditing import audit as run_audit
 from leakaudit.capture import Captured, capture, steps_of_epochs, write_captured
 from leakaudit.data import PrivateBatch, load_batch, save_truth
 from leakaudit.defenses import DEFENSES
@@ -25,7 +25,7 @@ from leakaudit.formats.manifest import Manifest
 from leakaudit.metrics import DEFAULT_METRICS, METRICS
 from leakaudit.models.victim import Mode, Victim
 from leakaudit.models.zoo import load_victim, parse_normalisation
-from leakaudit.policy import DEFAULT_POLICY, parse_policy
+from leakaudit.policy import DEFAULT_POLICY, Policy, parse_policy
 from leakaudit.report.folder import RESULT_NAME, read_run, write_run
 from leakaudit.results import AuditResult
 from leakaudit.rounds import Round
@@ -74,10 +74,11 @@ def attack(
     Returns the same result that the command writes.  Raises `InputError` for anything that cannot be used.
     """
     list(choose(tuple(attacks)))  # an unknown attack is an error now, not after reading everything
+    thresholds = parse_policy(policy)
     settings = Settings(
         plan=Plan(attacks=tuple(attacks), seed=seed, budget=_positive(budget, "budget"), restarts=restarts),
-        policy=parse_policy(policy),
-        metrics=_metrics(metrics),
+        policy=thresholds,
+        metrics=_metrics(metrics, thresholds),
         controls=controls,
         redact=redact,
         command=command,
@@ -109,18 +110,23 @@ def audit(
     learning_rate: float | None = None,
     mode: Mode = "eval",
     normalisation: str = "none",
+    input_shape: tuple[int, int, int] | None = None,
+    num_classes: int | None = None,
     defenses: Sequence[str] = (),
     attacks: Sequence[str] = ("auto",),
     seed: int = 0,
     budget: float | None = None,
     out: str | Path | None = None,
+    force: bool = False,
     on_progress: OnProgress | None = None,
+    command: str = "",
+    title: str = "Gradient-inversion audit",
 ) -> AuditResult:
     """Capture an update from your own data and attack it, truth at hand: `capture_update`, then `attack`.
 
     The files of the capture are kept in `out`, beside the result.  Arguments as for those two.
     """
-    folder = Path(tempfile.mkdtemp(prefix="leakaudit-")) if out is None else Path(out)
+    folder = _writable(out)
     shared, truth, saved = (folder / f"{name}.safetensors" for name in ("shared", "truth", "model"))
     capture_update(
         model,
@@ -135,6 +141,8 @@ def audit(
         learning_rate=learning_rate,
         mode=mode,
         normalisation=normalisation,
+        input_shape=input_shape,
+        num_classes=num_classes,
         defenses=defenses,
         seed=seed,
     )
@@ -147,7 +155,10 @@ def audit(
         seed=seed,
         budget=budget,
         out=folder,
+        force=force,
         on_progress=on_progress,
+        command=command,
+        title=title,
     )
 
 
@@ -188,6 +199,7 @@ def capture_update(
     """
     if mode not in ("train", "eval"):
         raise InputError(f"mode {mode!r}{suggest(mode, ('train', 'eval'))}; accepted: train, eval")
+    _check_targets(out, truth, save_model)
     wrapped = [(_defense_spec(text), parse(text, DEFENSES, "defense")) for text in defenses]
     round = _round(batch_size, num_examples, local_steps, epochs, learning_rate)
     victim = load_victim(
@@ -203,6 +215,19 @@ def capture_update(
     batch = load_batch(data, victim.space.shape, round.num_examples, start=start, classes=victim.num_classes)
     captured = capture(victim, batch, round, defenses=wrapped, include_buffers=buffers, seed=seed)
     return _write(captured, victim, batch, Path(out), truth, save_model)
+
+
+def _check_targets(*paths: str | Path | None) -> None:
+    """Fail before anything is written: another suffix, one file for two things, a folder that is read-only."""
+    files = [Path(path) for path in paths if path is not None]
+    for position, path in enumerate(files):
+        if path.suffix.lower() != ".safetensors":
+            raise InputError(f"captures are saved as .safetensors, got {path.name!r}")
+        if path.resolve() in [other.resolve() for other in files[:position]]:
+            raise InputError(f"{path} was given for two different things; accepted: a file for each")
+        if not path.parent.is_dir():
+            raise InputError(f"cannot write {path}: there is no folder {path.parent}")
+        _writable(path.parent)
 
 
 def _write(
@@ -238,7 +263,7 @@ def _round(
 ) -> Round:
     if local_steps is not None and epochs is not None:
         raise InputError(f"local steps {local_steps} and epochs {epochs} given; accepted is one of them")
-    count = num_examples or batch_size
+    count = batch_size if num_examples is None else num_examples
     steps = steps_of_epochs(epochs, count, batch_size) if epochs is not None else local_steps
     steps = 1 if steps is None else steps
     if steps > 1 and learning_rate is None:
@@ -259,11 +284,12 @@ def _defense_spec(text: str) -> str:
     return format_spec(name, parse(text, DEFENSES, "defense"), DEFENSES[name])
 
 
-def _metrics(names: Sequence[str] | None) -> tuple[str, ...]:
+def _metrics(names: Sequence[str] | None, policy: Policy) -> tuple[str, ...]:
+    """The metrics asked for, and those that the policy needs."""
     for name in names or ():
         if name not in METRICS:
             raise InputError(f"unknown metric {name!r}{suggest(name, METRICS)}; known: {', '.join(METRICS)}")
-    return tuple(names) if names else DEFAULT_METRICS
+    return tuple(dict.fromkeys([*(names or DEFAULT_METRICS), *policy.metrics]))
 
 
 def _positive(value: float | None, what: str) -> float | None:
@@ -274,23 +300,25 @@ def _positive(value: float | None, what: str) -> float | None:
 
 def _run_folder(out: str | Path | None, files: dict[str, str], force: bool) -> Path:
     """The folder to write to; `InputError` when it holds the run of another update."""
+    folder = _writable(out)
+    if (folder / RESULT_NAME).exists() and not force:
+        before = read_run(folder).files.values()
+        if not set(files.values()) <= set(before):
+            raise InputError(
+                f"{folder} holds the run of another update; accepted: --force, or another folder"
+            )
+    return folder
+
+
+def _writable(out: str | Path | None) -> Path:
+    """The folder, made when it is missing; a new temporary one for None.  `InputError` when it is read-only."""
     if out is None:
         return Path(tempfile.mkdtemp(prefix="leakaudit-"))
     folder = Path(out)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is not a folder")
-    if (
-        (folder / RESULT_NAME).exists()
-        and not force
-        and not set(files.values()) <= set(read_run(folder).files.values())
-    ):
-        raise InputError(
-            f"{folder} holds the run of another update; pass --force to overwrite it, or another --out"
-        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error.strerror}") from error
+        raise InputError(f"cannot write to the folder {folder}: {error.strerror}") from error
     return folder

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -142,7 +142,7 @@ def capture(
         local_steps=local_steps,
         epochs=epochs,
         learning_rate=learning_rate,
-        mode=mode,
+        mode=cast(Any, mode),
         normalisation=normalisation,
         input_shape=_shape(input_shape),
         num_classes=num_classes,
@@ -208,10 +208,10 @@ def attack(
     ] = None,
     out: Annotated[Path, typer.Option(help="Run folder; a rerun resumes.")] = Path("runs/attack"),
     html: Annotated[Path | None, typer.Option(help="Write the HTML report here too.")] = None,
-    budget: Annotated[float | None, typer.Option(help="Seconds for all attacks together.")] = None,
+    budget: Annotated[float, typer.Option(help="Seconds for all attacks together.")] = 600,
     restarts: Annotated[int | None, typer.Option(help="Random starts of every attack.", min=1)] = None,
     fail_on: Annotated[
-        str, typer.Option(help="Policy: thresholds that count as leakage, or never.")
+        str, typer.Option(help="Policy: thresholds that count as leakage; never: exit 0 for it.")
     ] = "psnr>20,ssim>0.5",
     metric: Annotated[list[str] | None, typer.Option(help="Scores to measure; see list metrics.")] = None,
     labels: Annotated[str | None, typer.Option(help="Labels given to the adversary: 3,8,8.")] = None,
@@ -341,7 +341,7 @@ def _manifest(
         "learning_rate": learning_rate,
         "local_steps": local_steps,
         "local_batch_size": batch_size,
-        "num_examples": examples or batch_size,
+        "num_examples": batch_size if examples is None else examples,
         "mode": mode,
         "loss": loss,
         "reduction": reduction,

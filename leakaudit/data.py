@@ -124,11 +124,16 @@ def _no_labels(source: str | Path, classes: int | None) -> str:
     return f"{source} has no labels; each image got its position{modulo} as its label."
 
 
+def photo_folder() -> Path:
+    """The photos inside the installed package, or examples/photos of a checkout."""
+    package = Path(__file__).parent
+    installed = package / "photos"
+    return installed if installed.is_dir() else package.parent / "examples" / "photos"
+
+
 def control_photos(shape: Shape) -> PrivateBatch:
     """The four photos shipped with leakaudit, unrelated to anybody's data, labelled 0 to 3."""
-    here = Path(__file__).parent
-    installed, checkout = here / "photos", here.parent / "examples" / "photos"
-    return load_batch(installed if installed.is_dir() else checkout, shape, 4)
+    return load_batch(photo_folder(), shape, 4)
 
 
 def fit(image: Tensor, shape: Shape) -> Tensor:

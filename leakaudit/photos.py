@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
-from leakaudit.data import control_photos
+from leakaudit.data import control_photos, photo_folder
 from leakaudit.models.spaces import Pixels
+
+__all__ = ["distractors", "photo_folder"]
 
 CROPS = 12
 """Crops taken of every photo for the pool, besides the whole."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def progress_bar(console: Console) -> Iterator[OnProgress]:
-    """Yields the callback that `leakaudit.audit.audit` takes."""
+    """Yields the callback that `leakaudit.auditing.audit` takes."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -13,7 +13,7 @@ from leakaudit import execution
 from leakaudit.attacks.base import Monitor, Reconstruction
 from leakaudit.attacks.registry import ATTACKS
 from leakaudit.attempts import AttemptStore
-from leakaudit.audit import Settings, Subject, audit
+from leakaudit.auditing import Settings, Subject, audit
 from leakaudit.execution import Outcome, Plan, run_attacks
 from leakaudit.inspection import inspect_update
 from leakaudit.randomness import fork

@@ -11,7 +11,7 @@ from tiny_audits import UNSAID, victim_of, view_of
 
 from leakaudit.attacks.base import Monitor, Reconstruction
 from leakaudit.attacks.gradient_matching import InvertingGradients
-from leakaudit.audit import _hypothesis_findings
+from leakaudit.auditing import _hypothesis_findings
 from leakaudit.hypotheses import STEPS, Hypothesis, settle
 from leakaudit.models.victim import Mode
 from leakaudit.rounds import Round

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import time
+from itertools import pairwise
 
 import pytest
 import torch
@@ -136,7 +137,7 @@ def test_adam_decays_by_steps_at_three_eighths_five_eighths_and_seven_eighths() 
         return 100 + x.sum()
 
     adam(candidate(), slope, Monitor(), iterations=16, learning_rate=0.1, signed=True)
-    steps = [round(a - b, 6) for a, b in zip(positions, positions[1:], strict=False)]
+    steps = [round(a - b, 6) for a, b in pairwise(positions)]
     assert steps == pytest.approx([0.1] * 6 + [0.01] * 4 + [0.001] * 4 + [0.0001] * 2, rel=0.02)
 
 
@@ -217,7 +218,7 @@ def test_strip_and_history_are_thinned() -> None:
     assert 10 <= len(found.strip) <= 13
     assert (found.strip[0][0], found.strip[-1][0]) == (0, 1000)
     assert len(found.history) <= 52
-    gaps = [b[0] - a[0] for a, b in zip(found.strip, found.strip[1:], strict=False)]
+    gaps = [b[0] - a[0] for a, b in pairwise(found.strip)]
     assert gaps == sorted(gaps), "frames are spaced by a constant ratio"
 
 

@@ -2,7 +2,7 @@
 
 An attack sees a `View` and nothing else; it never learns the truth.  One `run`
 is one attempt from one random start.  Restarts, time budgets, film strips and
-keep-best live in the `Monitor` and in `leakaudit.audit`, the same for all.
+keep-best live in the `Monitor` and in `leakaudit.execution`, the same for all.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ Positive = Annotated[int, Field(ge=1, le=10**9)]
 
 
 class Normalisation(BaseModel):
-    """Model input = (pixel - mean) / std, one number a channel, pixels in [0, 1]."""
+    """Model input = (pixel - mean) / std, one number a channel or one for all, pixels in [0, 1]."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -76,7 +76,7 @@ class Manifest(BaseModel):
     @model_validator(mode="after")
     def _agree(self) -> Manifest:
         channels = None if self.normalisation is None else len(self.normalisation.mean)
-        if channels is not None and self.input_shape is not None and channels != self.input_shape[0]:
+        if channels not in (None, 1) and self.input_shape is not None and channels != self.input_shape[0]:
             raise ValueError(f"normalisation has {channels} channels, input_shape {self.input_shape[0]}")
         if (self.local_batch_size or 1) > (self.num_examples or self.local_batch_size or 1):
             raise ValueError(

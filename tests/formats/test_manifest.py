@@ -16,7 +16,7 @@ from leakaudit.formats.manifest import Manifest, build_manifest, parse_manifest
         ('{"mode": "x", "kind": "y"}', "and 1 more"),
         ('{"normalisation": {"mean": [0.5], "std": [0]}}', r"normalisation.std.0=0"),
         ('{"normalisation": {"mean": [0.5, 0.5], "std": [1]}}', "mean has 2 channels and std 1"),
-        ('{"normalisation": {"mean": [0.5], "std": [1]}, "input_shape": [3, 8, 8]}', "1 channels"),
+        ('{"normalisation": {"mean": [0.5, 0.5], "std": [1, 1]}, "input_shape": [3, 8, 8]}', "2 channels"),
         ('{"num_examples": 2, "local_batch_size": 3}', "local_batch_size 3 exceeds num_examples 2"),
         ('{"local_steps": 0}', "local_steps=0"),
         ('{"num_examples": 1e30}', "num_examples"),

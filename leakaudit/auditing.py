@@ -1,4 +1,4 @@
-"""The one orchestrator of a single audit."""
+"""The one orchestrator of a single audit (not `audit`, which is the public function)."""
 
 from __future__ import annotations
 

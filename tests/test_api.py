@@ -1,0 +1,158 @@
+"""Everything the commands do, as a few lines of Python."""
+
+from __future__ import annotations
+
+import ast
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_audits import CLASSES, FACTORIES, SHAPE, build, private_batch, timeless
+from torch import nn
+
+import leakaudit
+from leakaudit.data import photo_folder
+from leakaudit.formats.manifest import Manifest
+from leakaudit.policy import parse_policy
+
+STATED = Manifest(input_shape=SHAPE, num_classes=CLASSES, num_examples=1, loss="cross-entropy")
+
+
+def test_the_public_list_is_explicit_and_documented() -> None:
+    assert leakaudit.__all__ == sorted(leakaudit.__all__)
+    for name in leakaudit.__all__:
+        thing = getattr(leakaudit, name)
+        assert thing.__doc__, name
+        assert name in (leakaudit.__doc__ or ""), name
+    with pytest.raises(AttributeError, match="no attribute 'atack'"):
+        leakaudit.atack  # noqa: B018
+
+
+def test_names_for_type_checkers_are_the_same_as_at_run_time() -> None:
+    source = ast.parse(Path(leakaudit.__file__).read_text())
+    block = next(node for node in source.body if isinstance(node, ast.If))
+    stated = {
+        alias.name: statement.module
+        for statement in block.body
+        if isinstance(statement, ast.ImportFrom)
+        for alias in statement.names
+    }
+    assert stated == leakaudit._HOMES
+
+
+def test_no_module_hides_a_public_function() -> None:
+    """Importing `leakaudit.NAME` would put the module in the function's place."""
+    modules = {path.stem for path in Path(leakaudit.__file__).parent.iterdir()}
+    assert not modules & set(leakaudit.__all__)
+
+
+def gradient_file(folder: Path, name: str = "mlp") -> nn.Module:
+    """One line in a training loop."""
+    model = build(name).eval()
+    x, y = private_batch()
+    nn.functional.cross_entropy(model(x), y).backward()
+    leakaudit.save_update(folder / "shared.safetensors", model, batch_size=1)
+    return model
+
+
+def test_save_in_a_training_loop_then_attack(tmp_path: Path) -> None:
+    model = gradient_file(tmp_path)
+    result = leakaudit.attack(tmp_path / "shared.safetensors", model, manifest=STATED, attacks=["linear"])
+    assert result.verdict.status == "leaks"
+    assert result.exit_code == 1
+    assert result.folder is not None
+    assert timeless(leakaudit.read_run(result.folder)) == timeless(result)
+    assert "<iframe" in result._repr_html_()
+    assert {row.name: row.status for row in result.knowledge}["normalisation"] == "unknown"
+
+
+def test_a_pair_of_checkpoints(tmp_path: Path) -> None:
+    model = build("mlp").eval()
+    before = copy.deepcopy(model)
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.5)
+    x, y = private_batch()
+    for _ in range(2):
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimiser.step()
+    torch.save(before.state_dict(), tmp_path / "before.pt")
+    torch.save(model.state_dict(), tmp_path / "after.pt")
+    stated = STATED.model_copy(update={"learning_rate": 0.5, "local_steps": 2})
+    stated = Manifest.model_validate(stated.model_dump(exclude_none=True))
+    result = leakaudit.attack(
+        tmp_path / "after.pt", before, before=tmp_path / "before.pt", manifest=stated, attacks=["linear"]
+    )
+    assert result.best_trial is not None
+    assert result.best_trial.residual is not None
+    assert result.best_trial.residual < 1e-3
+    assert result.round.local_steps == 2
+
+
+def test_a_module_needs_its_shapes(tmp_path: Path) -> None:
+    model = gradient_file(tmp_path)
+    with pytest.raises(leakaudit.InputError, match="input_shape and num_classes are needed with a module"):
+        leakaudit.attack(tmp_path / "shared.safetensors", model)
+
+
+def test_audit_captures_and_attacks(tmp_path: Path) -> None:
+    (tmp_path / "models.py").write_text(FACTORIES)
+    result = leakaudit.audit(
+        f"{tmp_path}/models.py:mlp",
+        photo_folder(),
+        num_examples=1,
+        input_shape=SHAPE,
+        num_classes=CLASSES,
+        attacks=["linear"],
+        normalisation="cifar10",
+        out=tmp_path / "out",
+    )
+    assert result.verdict.status == "leaks"
+    assert result.truth_known
+    assert result.folder == tmp_path / "out"
+    assert {"shared.safetensors", "truth.safetensors", "model.safetensors", "result.json", "report.html"} <= {
+        path.name for path in (tmp_path / "out").iterdir()
+    }
+
+
+def test_capture_update_says_what_it_did(tmp_path: Path) -> None:
+    lines = leakaudit.capture_update(
+        "mlp:width=8,layers=1",
+        photo_folder(),
+        tmp_path / "shared.safetensors",
+        truth=tmp_path / "truth.safetensors",
+        input_shape=SHAPE,
+        num_classes=4,
+        num_examples=3,
+        batch_size=2,
+        epochs=2,
+        learning_rate=0.1,
+    )
+    assert any("delta of 3 examples, 4 local steps, eval mode" in line for line in lines)
+    victim = leakaudit.load_victim("mlp:width=8,layers=1", input_shape=SHAPE, num_classes=4)
+    shared = leakaudit.load_update(tmp_path / "shared.safetensors", victim)
+    assert shared.has_scale
+    assert (shared.manifest.local_steps, shared.manifest.local_batch_size) == (4, 2)
+
+
+def test_the_policys_metrics_are_always_measured(tmp_path: Path) -> None:
+    from leakaudit.api import _metrics
+
+    assert _metrics(["mse"], parse_policy("psnr>3,lpips<0.1")) == ("mse", "psnr", "lpips")
+    assert _metrics(None, parse_policy("psnr>3"))[0] == "mse"
+    with pytest.raises(leakaudit.InputError, match="unknown metric 'msse', did you mean 'mse'"):
+        _metrics(["msse"], parse_policy("never"))
+
+
+def test_seeds_are_forked_not_set(tmp_path: Path) -> None:
+    model = gradient_file(tmp_path, "smooth")
+    state = torch.random.get_rng_state()
+    leakaudit.attack(
+        tmp_path / "shared.safetensors",
+        model,
+        manifest=STATED,
+        attacks=["idlg:iterations=2,restarts=1"],
+        controls=False,
+    )
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert all(p.grad is not None for p in model.parameters()), "the user's module is left alone"
