@@ -20,15 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leakaudit.attacks.labels import (
+from leakaudit.attacks.head import (
     HeadConsistency,
     HeadGradient,
-    LabelInference,
     effective_rank,
     head_consistency,
     head_gradient,
-    infer_labels,
 )
+from leakaudit.attacks.labels import LabelInference, infer_labels
 from leakaudit.attacks.linear import Linear, PatchEmbeddingInverse, input_layer
 from leakaudit.errors import InputError
 from leakaudit.models.victim import Mode, cross_entropy_sum
@@ -587,7 +586,7 @@ def _labels(view: View, generator: torch.Generator, notes: _Notes, provable: boo
     counts = {int(c): int(found.counts[c]) for c in found.counts.nonzero().flatten()}
     listed = ", ".join(f"class {c}" + (f" x{n}" if n > 1 else "") for c, n in counts.items())
     if found.exact:
-        certainty = "proven by the signs of the last layer's gradient"
+        certainty = f"proven by the {found.method}"
     else:
         certainty = f"estimated; explains {found.explained:.1%} of the bias gradient"
     (notes.leak if found.exact or found.explained > 0.9 else notes.hint)(

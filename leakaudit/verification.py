@@ -22,8 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from leakaudit.attacks.head import storage_precision
 from leakaudit.attacks.jacobian import Spectrum, System
-from leakaudit.attacks.labels import storage_precision
 from leakaudit.randomness import fork
 from leakaudit.results import Verification
 from leakaudit.threat import View

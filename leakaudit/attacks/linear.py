@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from leakaudit.attacks.base import Monitor, Reconstruction
-from leakaudit.attacks.labels import effective_rank, match_labels, storage_precision
+from leakaudit.attacks.head import effective_rank, exact, storage_precision
+from leakaudit.attacks.labels import match_labels
 from leakaudit.models.victim import Victim
 from leakaudit.threat import View
 
@@ -96,7 +97,7 @@ class Linear:
         assert layer is not None
         assert layer.bias is not None
         generator = _cpu(generator)
-        rows, divisors = _exact(view.observed[layer.weight]), _exact(view.observed[layer.bias])
+        rows, divisors = exact(view.observed[layer.weight]), exact(view.observed[layer.bias])
         if view.round.num_examples == 1:
             found = _ratio(rows, divisors)[None]
         else:
@@ -175,8 +176,8 @@ class PatchEmbeddingInverse:
     def run(self, view: View, generator: torch.Generator, monitor: Monitor) -> Reconstruction:
         patches = patch_embedding(view.victim)
         assert patches is not None
-        weight = _exact(view.observed[patches.weight])
-        tokens = _token_rows(_exact(view.observed[patches.position]), weight.shape[0])[patches.rows]
+        weight = exact(view.observed[patches.weight])
+        tokens = _token_rows(exact(view.observed[patches.position]), weight.shape[0])[patches.rows]
         solution = torch.linalg.lstsq(tokens.T, weight.flatten(1), rcond=1e-7, driver="gelsd")
         x = _assemble(solution.solution, weight.shape[1:], patches.grid, view.victim.space.shape)
         x = x.to(view.victim.device, view.victim.dtype)
@@ -442,10 +443,6 @@ def _unmix(mixing: Tensor, left: Tensor, right: Tensor, divisors: Tensor) -> Ten
     scales = torch.linalg.lstsq(columns, divisors[:, None]).solution
     examples: Tensor = torch.linalg.solve(mixing, right) / torch.where(scales == 0, 1.0, scales)
     return examples
-
-
-def _exact(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", torch.float64)
 
 
 def _cpu(generator: torch.Generator) -> torch.Generator:

@@ -9,7 +9,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_tensor
 
-from leakaudit.attacks.labels import head_consistency, infer_labels, nearest_counts, storage_precision
+from leakaudit.attacks.head import head_consistency, storage_precision
+from leakaudit.attacks.labels import infer_labels, nearest_counts
 from leakaudit.errors import InputError
 from leakaudit.models.spaces import Pixels
 from leakaudit.models.victim import Victim
