@@ -54,7 +54,7 @@ def test(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     commands = {"demo": demo, "test": test}
-    if sys.version_info < (3, 10):
+    if sys.version_info < (3, 10):  # noqa: UP036 - whoever has an older one finds out here
         sys.exit(f"leakaudit needs Python 3.10 or later, this is {sys.version.split()[0]}")
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         sys.exit(f"usage: python3 dev.py {'|'.join(commands)} [arguments]")
