@@ -13,7 +13,7 @@ projected into the pixel box after each step far from the solution.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,9 +28,10 @@ from leakaudit.attacks.optimise import Candidate, adam
 from leakaudit.threat import View
 
 TRIES = 8
-CONVERGED = 1e-12
+CONVERGED = 1e-11
 COARSE = 1e-6
 UNBOXED = 1e-4
+PRIOR_WEIGHT = 1e-8
 NEGLIGIBLE = 0.01
 STALLED_AFTER = 5
 MEASURE_EVERY = 10
@@ -46,8 +47,9 @@ class LevenbergMarquardt:
         equations: how many equations to keep, as a multiple of the unknowns.
         warm_start: steps of cosine matching by Adam, run when the direct way stalls; 0 for never.
         smoothness: standard deviation, in pixels of [0, 1], of the difference between neighbours under
-            a Gaussian prior; used when the noise in the update is known, which makes this the
-            maximum a posteriori attack.  0 for no prior.
+            a Gaussian prior.  It is used when the noise in the update is known, which makes this the
+            maximum a posteriori attack, and to choose among the inputs that share an update when
+            the Jacobian is rank deficient.  0 for no prior.
         box: keep pixels in [0, 1] after every step, until the relative residual is below 1 % (from
             there the equations alone decide, and projection would only slow them down).
         memory_gb: largest Jacobian (with its Gram matrix) to form.
@@ -89,7 +91,7 @@ class LevenbergMarquardt:
         """One attempt: from noise, and once more from a warm start where that stalled.
 
         The loss is |p(u) - t|^2 / |t|^2 over the compressed, weighted equations, plus the prior's
-        share where there is a prior.
+        share where the noise is known.
         """
         view = view.to(dtype=torch.float64)
         space = view.victim.space
@@ -97,17 +99,36 @@ class LevenbergMarquardt:
         problem = self._problem(view, labels, generator)
         start = space.sample(view.round.num_examples, generator, torch.float64).to(view.victim.device)
         logits = None if labels is not None else start.new_zeros(len(start), view.victim.num_classes)
-        stopped = self._descend(problem, problem.system.point(start, logits), monitor)
-        phases = 1
-        if stopped == "plateau" and self.warm_start:
+        end = self._descend(problem, problem.system.point(start, logits), monitor)
+        warm = end.stopped == "plateau" and self.warm_start > 0
+        if warm:
             candidate = Candidate(space.project(start), labels, logits)
             point = warm_start(problem, candidate, self.warm_start, monitor)
-            stopped, phases = self._descend(problem, point, monitor), 2
-        details: dict[str, Any] = {"labels": source, "warm_start": phases == 2}
+            end = self._descend(problem, point, monitor)
+        smoothed = self._smooth(problem, end, monitor)
+        found = monitor.result(stopped=end.stopped)
+        if smoothed is not None:
+            x, y = problem.system.split(smoothed.point)
+            found = replace(found, x=x, y=y, loss=smoothed.loss)
+        details: dict[str, Any] = {"labels": source, "warm_start": warm, "smoothed": smoothed is not None}
         details |= {"equations": len(problem.system.target), "unknowns": problem.system.unknowns}
-        if self.spectrum and monitor.best_x is not None and stopped == "converged":
-            details |= _spectrum(problem, monitor.best_x, labels)
-        return monitor.result(stopped=stopped, details=details)
+        if self.spectrum and end.stopped == "converged":
+            details |= _spectrum(problem, found.x, labels)
+        return replace(found, details=details)
+
+    def _smooth(self, problem: Problem, end: End, monitor: Monitor) -> Iterate | None:
+        """Where many inputs share the update, the smoothest of them near `end`; else None.
+
+        First the prior decides what the equations leave open (and bends the rest a little), then
+        steps of least length bring the equations back to the residual they had.
+        """
+        deficient = end.stopped == "converged" and end.normal is not None and end.normal.deficient
+        if not deficient or not self.smoothness or problem.noisy:
+            return None
+        prior = PRIOR_WEIGHT * smoothness_matrix(problem.system, self.smoothness)
+        smooth = self._descend(replace(problem, prior=prior), end.here.point, monitor)
+        polished = self._descend(problem, smooth.here.point, monitor)
+        return polished.here if polished.here.loss < problem.floor else None
 
     def _limit(self, view: View) -> int:
         """Equations to keep; all of them under noise, where each one counts."""
@@ -127,14 +148,15 @@ class LevenbergMarquardt:
             view.victim.space.project if self.box else None,
         )
 
-    def _descend(self, problem: Problem, point: Tensor, monitor: Monitor) -> Stop:
+    def _descend(self, problem: Problem, point: Tensor, monitor: Monitor) -> End:
         """Damped Gauss-Newton steps until they gain nothing; how it ended."""
         here = problem.at(point)
+        normal: Normal | None = None
         damping, growth, idle = 0.0, 2.0, 0
         monitor.start(self.iterations)
         for _ in range(self.iterations):
             if monitor.step(here.loss, *problem.system.split(here.point)):
-                return monitor.stopped
+                return End(monitor.stopped, here, normal)
             normal = problem.linearise(here)
             if not normal.finite:
                 break
@@ -156,7 +178,7 @@ class LevenbergMarquardt:
             if floor or idle >= STALLED_AFTER or here.loss == 0:
                 break
         monitor.step(here.loss, *problem.system.split(here.point))
-        return "converged" if here.loss < problem.floor else "plateau"
+        return End("converged" if here.loss < problem.floor else "plateau", here, normal)
 
 
 # ------------------------------------------------------------------ the problem and one step
@@ -169,6 +191,15 @@ class Iterate:
     point: Tensor
     loss: float
     residual: Tensor
+
+
+@dataclass(frozen=True)
+class End:
+    """How and where a descent ended, with its last normal equations (None before the first step)."""
+
+    stopped: Stop
+    here: Iterate
+    normal: Normal | None
 
 
 @dataclass(frozen=True)
@@ -201,7 +232,7 @@ class Problem:
     @property
     def enough(self) -> float:
         """Below the floor, a step that leaves more than this share of the loss ends the descent."""
-        return 0.999 if self.noisy else 0.5
+        return 0.5 if self.prior is None and not self.noisy else 0.999
 
     def keep(self, point: Tensor) -> Tensor:
         """The nearest point in the box."""
@@ -276,6 +307,15 @@ class Normal:
     def finite(self) -> bool:
         """False when the Jacobian overflowed, as that of a steep activation can."""
         return bool(self.gram.diagonal().isfinite().all())
+
+    @property
+    def deficient(self) -> bool:
+        """Whether some direction leaves all equations unchanged, to a share of 1e-6 of the largest."""
+        if len(self.gram) < self.columns.shape[1]:
+            return True
+        factor, failed = torch.linalg.cholesky_ex(self.gram)
+        pivots = factor.diagonal()
+        return bool(failed) or float(pivots.min()) < 1e-6 * float(pivots.max())
 
     def factor(self, damping: float) -> tuple[Tensor, float]:
         """The Cholesky factor, and the damping with which it exists (raised where needed)."""
