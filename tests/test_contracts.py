@@ -29,7 +29,7 @@ defenses = pytest.mark.parametrize("name", DEFENSES)
 models = pytest.mark.parametrize("name", MODELS)
 metrics = pytest.mark.parametrize("name", METRICS)
 
-SHORT = {"iterations": 12, "warm_start": 10, "samples": 200, "restarts": 1}
+SHORT = {"iterations": 12, "tuning": 4, "warm_start": 10, "samples": 200, "restarts": 1}
 
 
 def shortened(attack: Attack) -> Attack:
