@@ -22,7 +22,8 @@ def judge(
 ) -> Verdict:
     """The verdict over all trials.
 
-    "leaks" as soon as one trial breaks the policy or is verified without the truth;
+    "leaks" as soon as one trial breaks the policy or, without the truth, explains the update to
+    its floor, unless other inputs are known to share the update;
     "not-recovered" only when the truth is known, nothing breaks the policy and the
     positive control succeeded; "inconclusive" otherwise.
     """
@@ -31,11 +32,7 @@ def judge(
         for trial in trials
         for sentence in policy.broken_by(example.scores for example in trial.examples)
     ]
-    verified = [
-        f"{trial.attack}: {trial.verification.text}"
-        for trial in trials
-        if trial.verification is not None and trial.verification.status == "verified"
-    ]
+    verified, matched = _checked(trials, "verified"), _checked(trials, "consistent")
     text = str(policy)
     if truth_known and broken:
         return Verdict(
@@ -49,6 +46,13 @@ def judge(
             status="leaks",
             headline="The shared update determines the private images.",
             reasons=verified,
+            policy=text,
+        )
+    if not truth_known and matched:
+        return Verdict(
+            status="leaks",
+            headline="An input that explains the shared update was found.",
+            reasons=[*matched, "Without a proof that it is the only one, take it for the private batch."],
             policy=text,
         )
     reasons = _doubts(trials, best, findings)
@@ -82,6 +86,17 @@ def judge(
         reasons=reasons,
         policy=text,
     )
+
+
+def _checked(trials: Sequence[Trial], status: str) -> list[str]:
+    """What verification says of the trials with `status`; a proven lack of uniqueness does not count."""
+    return [
+        f"{trial.attack}: {check.text}"
+        for trial in trials
+        if (check := trial.verification) is not None
+        and check.status == status
+        and (check.rank is None or check.rank == check.unknowns)
+    ]
 
 
 def _doubts(trials: Sequence[Trial], best: int | None, findings: Sequence[Finding]) -> list[str]:

@@ -48,11 +48,16 @@ def test_any_trial_may_break_it_not_only_the_best() -> None:
     assert verdict(trial(12.0), trial(25.0)).status == "leaks"
 
 
-def test_without_truth_only_a_verified_match_is_a_leak() -> None:
+def test_without_truth_a_match_is_a_leak_unless_other_inputs_share_the_update() -> None:
     found = verdict(trial(None, "verified"), truth=False)
     assert (found.status, found.reasons) == ("leaks", ["dlg: it is verified"])
-    for status in ("consistent", "not-matched"):
-        found = verdict(trial(None, status), truth=False)
+    matched = trial(None, "consistent")
+    assert matched.verification is not None
+    found = verdict(matched, truth=False)
+    assert (found.status, found.headline) == ("leaks", "An input that explains the shared update was found.")
+    deficient = matched.verification.model_copy(update={"rank": 5, "unknowns": 9})
+    for check in (deficient, deficient.model_copy(update={"status": "not-matched"})):
+        found = verdict(matched.model_copy(update={"verification": check}), truth=False)
         assert (found.status, found.exit_code) == ("inconclusive", 3)
         assert found.reasons[-1] == "Without the originals a failed attack says nothing about safety."
 

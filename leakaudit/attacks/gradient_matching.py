@@ -53,7 +53,7 @@ class DeepLeakage:
     iterations: int = 300
     learning_rate: float = 1.0
     line_search: bool = True
-    target: float = 1e-6
+    target: float = 1e-4
     patience: int = 15
     restarts: int = 2
 
