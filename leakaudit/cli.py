@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -389,6 +390,7 @@ def _refuse_existing(force: bool, *paths: Path | None) -> None:
 
 def main() -> None:
     """Entry point: errors of input become one line on stderr and exit code 2."""
+    warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated", category=FutureWarning)
     try:
         app()
     except LeakauditError as error:

@@ -21,11 +21,18 @@ class Scene:
     title: str
     model: str
     num_examples: int
+    attacks: tuple[str, ...]
 
 
 SCENES = (
-    Scene("batch", "Four photos behind a fully connected network", "mlp:width=512", 4),
-    Scene("photo", "One photo behind the LeNet of Deep Leakage from Gradients", "lenet:init=uniform", 1),
+    Scene("batch", "Four photos behind a fully connected network", "mlp:width=512", 4, ("linear",)),
+    Scene(
+        "photo",
+        "One photo behind the LeNet of Deep Leakage from Gradients",
+        "lenet:init=uniform",
+        1,
+        ("levenberg-marquardt:spectrum=false",),
+    ),
 )
 
 
@@ -38,6 +45,7 @@ def run_demo(out: Path, seed: int, console: Console, on_progress: OnProgress) ->
             scene.model,
             photo_folder(),
             num_examples=scene.num_examples,
+            attacks=scene.attacks,
             seed=seed,
             out=out / scene.name,
             force=True,
