@@ -4,7 +4,9 @@ The last layer's gradient over N examples is N dW = sum_i g_i f_i^T and N db = s
 g_i = softmax(W f_i + b) - onehot(y_i).  With independent g_i, that is N <= K - 1, the features lie
 in the row space of dW, f_i = V z_i, which leaves N^2 unknowns for (K - 1)(N + 1) equations.  For
 the right labels a damped Gauss-Newton iteration solves them to rounding from most random starts;
-for wrong labels nothing does.  So a solution proves the labels and gives every example's features.
+so a solution fixes the labels and gives every example's features.  That wrong labels fit too is
+excluded by counting equations, not by a theorem: in our trials they left a residual of 0.4 or
+more, against a tolerance of at most 0.04, and no label accepted so was wrong.
 Examples of which the model is certain leave nothing in the gradient; the others are separated.
 
 The columns of the equations differ in size by the singular values of dW.  Solving them first as
@@ -175,15 +177,14 @@ class _Problem:
         return torch.where(torch.arange(len(labels))[:, None, None] % 2 == 0, near, far)
 
     def _solve_from(self, labels: Tensor, z: Tensor) -> Separation:
-        """The best solution for labels (H, n) from starts (H, n, n); each stage goes on with the better runs."""
+        """The best solution for labels (H, n) from starts (H, n, n), through the stages."""
         cost = torch.zeros(len(z))
         for power, iterations in STAGES:
             scales = self.scales**power * self.scales.max() ** (1 - power)
             target = 0.1 * self.tolerance if power == 1 else 0.01
             z, cost = self._iterate(labels, z, scales, iterations, target)
-            better = cost.argsort()[: max(4, len(cost) // 3)]
-            labels, z, cost = labels[better], z[better], cost[better]
-        return Separation(labels[0], z[0] @ self.basis.T, float(cost[0]), self.tolerance)
+        best = int(cost.argmin())
+        return Separation(labels[best], z[best] @ self.basis.T, float(cost[best]), self.tolerance)
 
     def _iterate(
         self, labels: Tensor, z: Tensor, scales: Tensor, iterations: int, target: float

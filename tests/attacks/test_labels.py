@@ -94,7 +94,7 @@ def test_one_example_is_exact(photos: Tensor, activation, bias: bool, scale: flo
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("classes", [10, 100])
 def test_counts_of_untrained_models(photos: Tensor, size: int, reduction: str, classes: int) -> None:
-    for seed in range(5):
+    for seed in range(2 if size == 8 else 5):
         torch.manual_seed(seed)
         x, y = batch(photos, size, classes, seed)
         view = make_view(convnet(classes), x, y, classes, reduction=reduction)
