@@ -586,7 +586,7 @@ def _labels(view: View, generator: torch.Generator, notes: _Notes, provable: boo
     counts = {int(c): int(found.counts[c]) for c in found.counts.nonzero().flatten()}
     listed = ", ".join(f"class {c}" + (f" x{n}" if n > 1 else "") for c, n in counts.items())
     if found.exact:
-        certainty = f"proven by the {found.method}"
+        certainty = f"{'proven' if count == 1 else 'fits to rounding'}, by the {found.method}"
     else:
         certainty = f"estimated; explains {found.explained:.1%} of the bias gradient"
     (notes.leak if found.exact or found.explained > 0.9 else notes.hint)(

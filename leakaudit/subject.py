@@ -176,7 +176,7 @@ def learn(view: View, inspection: Inspection) -> View:
         view = replace(view, victim=view.victim.with_mode(inspection.mode))
     if knowledge.noise_std.value is None and inspection.noise_std is not None:
         changes["noise_std"] = inferred(
-            inspection.noise_std, "smallest singular values of the last layer's gradient"
+            inspection.noise_std, "class sums of the last layer's gradient, which vanish without noise"
         )
     if inspection.statistics:
         changes["statistics"] = known(inspection.statistics, "leaked BatchNorm buffers")
