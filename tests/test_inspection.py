@@ -132,7 +132,7 @@ def test_batch_size_and_label_counts(photos: Tensor, size: int) -> None:
         assert found.batch_size_hint == size
         assert found.labels is not None
         assert found.labels.labels.tolist() == y.sort().values.tolist()
-        assert found.labels.exact == ("proven" in only(found, "labels").text)
+        assert found.labels.exact == ("fits to rounding" in only(found, "labels").text)
 
 
 def test_a_rank_above_the_stated_batch_size_is_a_warning(photos: Tensor) -> None:
