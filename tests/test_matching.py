@@ -7,7 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from leakaudit.attacks.matching import cosine, squared, statistics_distance, total_variation
+from leakaudit.attacks.matching import (
+    cosine,
+    relative,
+    smooth_total_variation,
+    squared,
+    statistics_distance,
+    total_variation,
+)
 from leakaudit.update import Update
 
 NUMBERS = st.lists(st.floats(-3, 3, width=32), min_size=6, max_size=6)
@@ -88,3 +95,16 @@ def test_gradients_of_priors() -> None:
         return statistics_distance({"n": (x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False))}, target)
 
     assert torch.autograd.gradcheck(statistics, (x,))
+
+
+def test_relative_counts_every_layer_alike() -> None:
+    simulated = Update({"small": torch.tensor([1e-3, 0.0]), "large": torch.tensor([[2e3, 1e3]])})
+    observed = Update({"small": torch.tensor([2e-3, 0.0]), "large": torch.tensor([[1e3, 1e3]])})
+    assert relative(simulated, observed).item() == pytest.approx((0.25 + 0.5) / 2)
+
+
+def test_smooth_total_variation_approaches_the_plain_one_and_has_a_gradient_at_zero() -> None:
+    x = torch.rand(2, 3, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert float(smooth_total_variation(x, width=1e-9)) == pytest.approx(float(total_variation(x)))
+    flat = torch.zeros(1, 1, 3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(smooth_total_variation, (flat,))

@@ -95,6 +95,10 @@ class Monitor:
         """A monitor for a try-out: the same deadline and progress, nothing of it kept here."""
         return Monitor(self._on_step, self._deadline)
 
+    def forget_best(self) -> None:
+        """Let the next candidate be the best: the loss is about to change its meaning."""
+        self.best_loss = math.inf
+
     def start(
         self, total: int, patience: int | None = None, target: float = 0.0, min_gain: float = 1e-3
     ) -> None:

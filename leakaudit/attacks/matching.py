@@ -17,6 +17,15 @@ def squared(simulated: Update, observed: Update) -> Tensor:
     return torch.stack([(g - observed[name]).square().sum() for name, g in simulated.items()]).sum()
 
 
+def relative(simulated: Update, observed: Update) -> Tensor:
+    """Mean over tensors of |g - g*|^2 / |g*|^2, so that every layer counts alike; a scalar."""
+    terms = [
+        (g - observed[name]).square().sum() / observed[name].square().sum().clamp_min(1e-30)
+        for name, g in simulated.items()
+    ]
+    return torch.stack(terms).mean()
+
+
 def cosine(simulated: Update, observed: Update) -> Tensor:
     """1 - cos(g, g*) over all numbers taken as one vector, in [0, 2] (Geiping et al. 2020, equation 4).
 
@@ -38,6 +47,12 @@ def total_variation(x: Tensor) -> Tensor:
     The sum of the horizontal and the vertical mean, as in the code of Geiping et al. 2020.
     """
     return (x[..., :, 1:] - x[..., :, :-1]).abs().mean() + (x[..., 1:, :] - x[..., :-1, :]).abs().mean()
+
+
+def smooth_total_variation(x: Tensor, width: float = 1e-3) -> Tensor:
+    """As `total_variation` with sqrt(d^2 + width^2) for |d|, for optimisers that need a second derivative."""
+    across, down = x[..., :, 1:] - x[..., :, :-1], x[..., 1:, :] - x[..., :-1, :]
+    return sum(((d.square() + width**2).sqrt().mean() for d in (across, down)), x.new_zeros(()))
 
 
 def statistics_distance(

@@ -16,11 +16,18 @@ import torch
 from torch import Tensor
 
 from leakaudit.attacks.base import Monitor
-from leakaudit.attacks.matching import Distance, cosine, squared, statistics_distance, total_variation
+from leakaudit.attacks.matching import (
+    Distance,
+    cosine,
+    relative,
+    squared,
+    statistics_distance,
+    total_variation,
+)
 from leakaudit.threat import View
 
-DistanceName = Literal["squared", "cosine"]
-DISTANCES: dict[DistanceName, Distance] = {"squared": squared, "cosine": cosine}
+DistanceName = Literal["squared", "cosine", "relative"]
+DISTANCES: dict[DistanceName, Distance] = {"squared": squared, "cosine": cosine, "relative": relative}
 
 
 class Candidate:

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from leakaudit.attacks.base import Attack
-from leakaudit.attacks.gradient_matching import DLG, IDLG, INVERTING_GRADIENTS, TUNED_INVERTING_GRADIENTS
+from leakaudit.attacks.gradient_matching import (
+    DLG,
+    IDLG,
+    INVERTING_GRADIENTS,
+    TUNED_INVERTING_GRADIENTS,
+    TV_PATH,
+)
 from leakaudit.attacks.levenberg_marquardt import LevenbergMarquardt
 from leakaudit.attacks.linear import Linear, PatchEmbeddingInverse
 
@@ -11,6 +17,7 @@ ATTACKS: dict[str, Attack] = {
     "linear": Linear(),
     "patch-embedding": PatchEmbeddingInverse(),
     "levenberg-marquardt": LevenbergMarquardt(),
+    "tv-path": TV_PATH,
     "dlg": DLG,
     "idlg": IDLG,
     "inverting-gradients": INVERTING_GRADIENTS,
@@ -21,13 +28,14 @@ DESCRIPTIONS: dict[str, str] = {
     "linear": "closed form through the first fully connected layer (Phong et al. 2017, Boenisch et al. 2021)",
     "patch-embedding": "closed form through a vision transformer's position embedding (after Lu et al. 2022)",
     "levenberg-marquardt": "damped Gauss-Newton with the explicit Jacobian; machine precision on smooth networks",
+    "tv-path": "L-BFGS with a total variation weakened in stages; for batches of smooth networks",
     "dlg": "L-BFGS on squared distance with joint soft labels (Zhu et al. 2019)",
     "idlg": "as dlg, labels inferred first (Zhao et al. 2020)",
     "inverting-gradients": "cosine distance, signed Adam, total variation (Geiping et al. 2020)",
     "tuned-inverting-gradients": "the same, the weight of the prior chosen by the matching loss",
 }
 
-AUTO = ("linear", "patch-embedding", "levenberg-marquardt", "idlg", "tuned-inverting-gradients")
+AUTO = ("linear", "patch-embedding", "levenberg-marquardt", "tv-path", "idlg", "tuned-inverting-gradients")
 """What `auto` tries, from cheap to dear."""
 
 EXACT = ("linear", "patch-embedding", "levenberg-marquardt", "dlg", "idlg")
