@@ -282,12 +282,9 @@ def report(
     redact: Annotated[bool, typer.Option("--redact", help="Leave the originals out.")] = False,
 ) -> None:
     """Write the HTML report of a finished run: one file, without remote requests."""
-    from leakaudit.report.files import write_atomically
-    from leakaudit.report.folder import read_run
-    from leakaudit.report.html import render_html
+    from leakaudit.report.folder import read_run, write_page
 
-    result = read_run(run)
-    write_atomically(html, render_html(result, run, redact=redact).encode("utf-8", "replace"))
+    write_page(read_run(run), html, redact=redact)
     Console().print(f"Report: {html}", soft_wrap=True, highlight=False)
 
 
@@ -308,15 +305,12 @@ def list_names(
 
 
 def _finish(result: AuditResult, html: Path | None) -> None:
-    from leakaudit.report.files import write_atomically
-    from leakaudit.report.html import render_html
+    from leakaudit.report.folder import write_page
     from leakaudit.report.terminal import print_result
 
     print_result(result, Console(), result.folder)
     if html is not None:
-        write_atomically(
-            html, render_html(result, result.folder, redact=result.redacted).encode("utf-8", "replace")
-        )
+        write_page(result, html, redact=result.redacted)
     raise typer.Exit(result.exit_code)
 
 

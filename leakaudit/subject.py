@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from leakaudit.atomic import sha256_of
 from leakaudit.data import PrivateBatch, load_batch, load_truth
 from leakaudit.errors import InputError
-from leakaudit.formats.atomic import sha256_of
 from leakaudit.formats.checkpoint import load_checkpoint, parameters_sha256
 from leakaudit.formats.loading import SharedUpdate, check_checkpoint, load_update
 from leakaudit.formats.manifest import Manifest

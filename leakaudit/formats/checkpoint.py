@@ -10,8 +10,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from leakaudit.atomic import write_atomically
 from leakaudit.errors import InputError
-from leakaudit.formats.atomic import write_atomically
 from leakaudit.formats.names import strip_prefixes
 from leakaudit.formats.reading import TORCH_SUFFIXES, UPDATE_KEYS, read_file
 

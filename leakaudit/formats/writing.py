@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from leakaudit import __version__
+from leakaudit.atomic import write_atomically
 from leakaudit.errors import InputError
-from leakaudit.formats.atomic import write_atomically
 from leakaudit.formats.checkpoint import parameters_sha256
 from leakaudit.formats.manifest import MANIFEST_KEY, Manifest, build_manifest
 from leakaudit.formats.names import strip_prefixes

@@ -12,8 +12,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from pydantic import ValidationError
 from pydantic_core import from_json
 
+from leakaudit.atomic import write_atomically
 from leakaudit.errors import InputError
-from leakaudit.report.files import write_atomically
 from leakaudit.report.redact import redact
 from leakaudit.results import SCHEMA_VERSION, AuditResult
 
@@ -40,7 +40,7 @@ def write_run(result: AuditResult, folder: Path) -> AuditResult:
         _forget_originals(folder)
     written = (redact(result) if result.redacted else result).in_folder(folder)
     page = render_html(written, folder)
-    write_atomically(folder / RESULT_NAME, written.to_json().encode())
+    write_atomically(folder / RESULT_NAME, written.to_json().encode(), make_folder=True)
     write_atomically(folder / REPORT_NAME, page.encode("utf-8", "replace"))
     return written
 
@@ -55,6 +55,17 @@ def _forget_originals(folder: Path) -> None:
         for example in trial.examples:
             for name in filter(None, (example.original, example.difference)):
                 locate_picture(folder, name).unlink(missing_ok=True)
+
+
+def write_page(result: AuditResult, path: Path, *, redact: bool = False) -> None:
+    """Write the HTML report alone to `path`, with the pictures of the result's run folder.
+
+    Raises `InputError` when it cannot be written.
+    """
+    from leakaudit.report.html import render_html
+
+    page = render_html(result, result.folder, redact=redact)
+    write_atomically(path, page.encode("utf-8", "replace"), make_folder=True)
 
 
 def read_run(folder: Path) -> AuditResult:

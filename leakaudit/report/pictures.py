@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from leakaudit.atomic import write_atomically
 from leakaudit.errors import InputError
-from leakaudit.report.files import write_atomically
 
 Pixels = NDArray[np.floating]
 
@@ -31,7 +31,7 @@ def write_png(pixels: Pixels, path: Path) -> None:
     """
     buffer = io.BytesIO()
     Image.fromarray(_to_bytes(pixels)).save(buffer, format="PNG", optimize=True)
-    write_atomically(path, buffer.getvalue())
+    write_atomically(path, buffer.getvalue(), make_folder=True)
 
 
 def _to_bytes(pixels: Pixels) -> NDArray[np.uint8]:

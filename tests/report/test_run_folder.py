@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sample_audits import SAMPLES, hostile_audit, photo_audit
 
+from leakaudit.atomic import write_atomically
 from leakaudit.errors import InputError
-from leakaudit.report.files import write_atomically
 from leakaudit.report.folder import locate_picture, picture_names, read_run, write_run
 
 
@@ -23,7 +23,7 @@ def test_round_trip(tmp_path: Path, name: str) -> None:
     read = read_run(tmp_path)
     assert read.to_json() == written.to_json()
     assert read.folder == tmp_path
-    assert not list(tmp_path.rglob("*.part"))
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_nan_and_infinity_survive(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_a_picture_that_is_no_png_is_refused(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(InputError, match="cannot write"):
-        write_atomically(tmp_path / "file" / "result.json", b"{}")
+        write_atomically(tmp_path / "file" / "result.json", b"{}", make_folder=True)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,20 +13,24 @@ from typing import BinaryIO
 from leakaudit.errors import InputError
 
 
-def write_atomically(path: str | Path, content: bytes | Callable[[BinaryIO], object]) -> None:
+def write_atomically(
+    path: str | Path, content: bytes | Callable[[BinaryIO], object], *, make_folder: bool = False
+) -> None:
     """Write `content`, or what `content(file)` writes, to `path` in one step.
 
     The bytes go to a temporary file in the same folder, reach the disk, and then take
     the name `path`; an old file of that name stays intact until then.
 
-    Raises `InputError` when the folder is missing or read-only, the disk is full, or
-    `path` is something else than a regular file.
+    Raises `InputError` when the folder is missing (unless `make_folder`) or read-only, the disk is
+    full, or `path` is something else than a regular file.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.tmp")
     try:
         if path.exists() and not path.is_file():
             raise InputError(f"cannot write {path}: it exists and is not a regular file")
+        if make_folder:
+            path.parent.mkdir(parents=True, exist_ok=True)
         if not path.parent.is_dir():
             raise InputError(f"cannot write {path}: there is no folder {path.parent}")
         _write_through(temporary, content)
