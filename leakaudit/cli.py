@@ -79,7 +79,7 @@ def _root(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"),
-    seed: Seed = 0,
+    seed: Seed = 1,
 ) -> None:
     """Reconstruct bundled photos from gradients of small models, and write an HTML report."""
     from leakaudit.demo import run_demo

@@ -24,6 +24,9 @@ class Scene:
     attacks: tuple[str, ...]
 
 
+BUDGET = 90.0
+"""Seconds a scene may attack; seed 1 takes about 20 on two cores, a start that stalls would take minutes."""
+
 SCENES = (
     Scene("batch", "Four photos behind a fully connected network", "mlp:width=512", 4, ("linear",)),
     Scene(
@@ -48,6 +51,7 @@ def run_demo(out: Path, seed: int, console: Console, on_progress: OnProgress) ->
             attacks=scene.attacks,
             seed=seed,
             out=out / scene.name,
+            budget=BUDGET,
             force=True,
             title=scene.title,
             command="leakaudit demo",
