@@ -8,9 +8,9 @@ from typing import BinaryIO
 
 import pytest
 
+from leakaudit import atomic
 from leakaudit.atomic import sha256_of, write_atomically
 from leakaudit.errors import InputError
-from leakaudit import atomic
 
 
 def test_bytes_and_writers_reach_the_file(tmp_path: Path) -> None:
