@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.functional import to_tensor
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 TORCH_HOME = SHARED / "torch_home"
@@ -30,6 +33,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _reproducible() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def photo_crops() -> Tensor:
+    """64 crops of the bundled photos, (64, 3, 32, 32) in [0, 1]."""
+    folder = Path(__file__).parents[1] / "examples" / "photos"
+    images = [Image.open(path).convert("RGB").resize((128, 128)) for path in sorted(folder.glob("*.png"))]
+    crops = torch.stack([to_tensor(image) for image in images]).unfold(2, 32, 32).unfold(3, 32, 32)
+    return crops.permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, 32, 32)
 
 
 @pytest.fixture

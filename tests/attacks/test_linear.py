@@ -1,14 +1,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import VisionTransformer
-from torchvision.transforms.functional import to_tensor
 
 from leakaudit.attacks.base import Monitor, Reconstruction
 from leakaudit.attacks.linear import Linear, PatchEmbeddingInverse, input_layer, patch_embedding
@@ -23,12 +20,9 @@ SPACE = Pixels((3, 32, 32), mean=(0.5, 0.45, 0.4), std=(0.25, 0.25, 0.2))
 
 
 @pytest.fixture(scope="module")
-def photos() -> Tensor:
+def photos(photo_crops: Tensor) -> Tensor:
     """64 crops of the bundled photos as model inputs, (64, 3, 32, 32)."""
-    folder = Path(__file__).parents[2] / "examples" / "photos"
-    images = [Image.open(path).convert("RGB").resize((128, 128)) for path in sorted(folder.glob("*.png"))]
-    crops = torch.stack([to_tensor(image) for image in images]).unfold(2, 32, 32).unfold(3, 32, 32)
-    return SPACE.encode(crops.permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, 32, 32))
+    return SPACE.encode(photo_crops)
 
 
 class ChannelsLast(nn.Module):
