@@ -175,11 +175,11 @@ def _build(view: View, weight: str | None, bias: str | None, divisor: float, sca
         weight_gradient=None if weight is None else exact(view.observed[weight]) / divisor,
         bias_gradient=None if bias is None else exact(view.observed[bias]) / divisor,
         scaled=scaled,
-        epsilon=max(_precision(view, tensor) for tensor in observed),
+        epsilon=max(relative_precision(view, tensor) for tensor in observed),
     )
 
 
-def _precision(view: View, tensor: Tensor) -> float:
+def relative_precision(view: View, tensor: Tensor) -> float:
     """Relative precision of the numbers of a shared tensor, by their storage and by `view.rounding`."""
     error = view.rounding * float(view.observed.norm()) / view.observed.numel() ** 0.5
     size = float(tensor.double().square().mean().sqrt())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from leakaudit.update import Update
@@ -53,6 +54,46 @@ def smooth_total_variation(x: Tensor, width: float = 1e-3) -> Tensor:
     """As `total_variation` with sqrt(d^2 + width^2) for |d|, for optimisers that need a second derivative."""
     across, down = x[..., :, 1:] - x[..., :, :-1], x[..., 1:, :] - x[..., :-1, :]
     return sum(((d.square() + width**2).sqrt().mean() for d in (across, down)), x.new_zeros(()))
+
+
+OPPONENT = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [1.0, -2.0, 1.0]])
+"""Brightness and two colour differences; rows to be divided by their lengths."""
+
+
+def variation(
+    pixels: Tensor, colour: float = 0.75, curvature: float = 2.0, power: float = 0.8, width: float = 1e-2
+) -> Tensor:
+    """How little (N, C, H, W) pixels of [0, 1] look like a photograph; summed over pixels, a scalar.
+
+    Slopes and curvatures of brightness and of the two colour differences together, each as
+    (length^2 + width^2)^(power / 2).  Photographs differ from their neighbours seldom, mostly along
+    edges, and in colour less than in brightness.  Images without three channels have brightness only.
+
+    Args:
+        colour: weight of the colour differences, in [0, 1]; brightness has the rest.
+        curvature: weight of second differences against first ones.
+        power: below 1 favours few large differences over many small ones.
+        width: differences below it count as none.
+
+    Sources: Ono and Yamada 2014 (decorrelated vectorial total variation, equation 9); second
+    differences as in Lysaker, Lundervold and Tai 2003; a power below 1 as in Chartrand 2007.  The
+    defaults were chosen on CIFAR-10 training images.
+    """
+    if pixels.shape[1] == 3:
+        turn = OPPONENT.to(pixels) / OPPONENT.norm(dim=1, keepdim=True).to(pixels)
+        pixels = torch.einsum("dc,nchw->ndhw", turn, pixels)
+    across, down = pixels.diff(dim=-1), pixels.diff(dim=-2)
+    slope = F.pad(across, (0, 1)).square() + F.pad(down, (0, 0, 0, 1)).square()
+    bend = F.pad(across.diff(dim=-1), (0, 2)).square() + F.pad(down.diff(dim=-2), (0, 0, 0, 2)).square()
+    bend = bend + 2 * F.pad(across.diff(dim=-2), (0, 1, 0, 1)).square()
+
+    def length(squares: Tensor) -> Tensor:
+        parts = [squares[:, 0]] if squares.shape[1] != 3 else [squares[:, 0], squares[:, 1:].sum(1)]
+        weights = (1 - colour, colour)
+        sums = [(part + width**2).pow(power / 2).sum() for part in parts]
+        return torch.stack([w * s for w, s in zip(weights, sums, strict=False)]).sum()
+
+    return length(slope) + curvature * length(bend)
 
 
 def statistics_distance(

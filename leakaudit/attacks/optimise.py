@@ -110,7 +110,7 @@ def lbfgs(
         loss = objective(candidate.x, candidate.y)
         gradients = torch.autograd.grad(loss, candidate.variables)
         for variable, gradient in zip(candidate.variables, gradients, strict=True):
-            variable.grad = gradient
+            variable.grad = gradient.contiguous()
         return loss.detach()
 
     monitor.start(iterations, patience=patience, target=target)
@@ -124,7 +124,7 @@ def lbfgs(
             return
     with torch.no_grad():
         final = candidate.x.detach(), candidate.y.detach()
-    monitor.step(float(objective(*final)), *final)
+    monitor.step(float(objective(*final).detach()), *final)
 
 
 def adam(

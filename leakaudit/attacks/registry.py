@@ -12,10 +12,12 @@ from leakaudit.attacks.gradient_matching import (
 )
 from leakaudit.attacks.levenberg_marquardt import LevenbergMarquardt
 from leakaudit.attacks.linear import Linear, PatchEmbeddingInverse
+from leakaudit.attacks.recursive import Recursive
 
 ATTACKS: dict[str, Attack] = {
     "linear": Linear(),
     "patch-embedding": PatchEmbeddingInverse(),
+    "recursive": Recursive(),
     "levenberg-marquardt": LevenbergMarquardt(),
     "tv-path": TV_PATH,
     "dlg": DLG,
@@ -27,6 +29,7 @@ ATTACKS: dict[str, Attack] = {
 DESCRIPTIONS: dict[str, str] = {
     "linear": "closed form through the first fully connected layer (Phong et al. 2017, Boenisch et al. 2021)",
     "patch-embedding": "closed form through a vision transformer's position embedding (after Lu et al. 2022)",
+    "recursive": "layer by layer in least squares, the rest by a prior (after Zhu and Blaschko 2021, R-GAP)",
     "levenberg-marquardt": "damped Gauss-Newton with the explicit Jacobian; machine precision on smooth networks",
     "tv-path": "L-BFGS with a total variation weakened in stages; for batches of smooth networks",
     "dlg": "L-BFGS on squared distance with joint soft labels (Zhu et al. 2019)",
@@ -35,7 +38,15 @@ DESCRIPTIONS: dict[str, str] = {
     "tuned-inverting-gradients": "the same, the weight of the prior chosen by the matching loss",
 }
 
-AUTO = ("linear", "patch-embedding", "levenberg-marquardt", "tv-path", "idlg", "tuned-inverting-gradients")
+AUTO = (
+    "linear",
+    "patch-embedding",
+    "recursive",
+    "levenberg-marquardt",
+    "tv-path",
+    "idlg",
+    "tuned-inverting-gradients",
+)
 """What `auto` tries, from cheap to dear."""
 
 EXACT = ("linear", "patch-embedding", "levenberg-marquardt", "dlg", "idlg")

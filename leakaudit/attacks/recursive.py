@@ -1,0 +1,430 @@
+"""Layer by layer from the last layer to the input: the recursive gradient attack.
+
+For cross-entropy the last layer's gradient gives each example's features h and the gradient of
+the loss there.  Below, one affine layer z = A a at a time: an activation with a known output has a
+known input z and hands the gradient of the loss down to it; then both A a = z and the layer's weight
+gradient, sum_n d<delta_n, A a_n> / dA, are linear equations in a.  Where they determine a, a least
+squares problem takes the place of the optimisation, down to the picture.
+
+Where they do not (a batch, a ReLU, max-pooling, a residual block), what is known at that cut
+replaces the layers above it: the picture is sought that meets it, with the weight gradients of the
+layers below, and that is the smoothest among those (`leakaudit.attacks.matching.variation`).
+
+Sources: Zhu and Blaschko 2021 (R-GAP), equations 6 to 10: one example, one layer at a time.
+Deviations: the features come from the last layer's gradient in least squares (Phong et al. 2017) or,
+for a batch, from separating its examples (`leakaudit.attacks.separation`), where R-GAP takes one
+example and the logit's root; errors are carried down and weigh the equations; numbers known only
+to lie in an interval (behind an inactive ReLU) are kept as such; and the rest is left to a prior,
+where R-GAP stops at rank deficient layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import vmap
+
+from leakaudit.attacks.base import Monitor, Reconstruction
+from leakaudit.attacks.chain import Link, links, tensors_of
+from leakaudit.attacks.head import head_consistency, head_gradient, relative_precision
+from leakaudit.attacks.labels import infer_labels
+from leakaudit.attacks.matching import variation
+from leakaudit.attacks.optimise import Candidate, lbfgs
+from leakaudit.models.spaces import Pixels
+from leakaudit.models.victim import cross_entropy_sum
+from leakaudit.threat import View
+
+WIDEST = 1e-2
+"""An interval this narrow, relative to the numbers' size, is an equation."""
+SAFETY = 4.0
+"""Standard deviations assumed for each unit of rounding."""
+CHUNK = 256
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What is known of the values that pass one place of the network.
+
+    Attributes:
+        low, high: (N, *shape) float64, bounds of each number; infinite where nothing is known.
+        gradient: (N, *shape) float64, the gradient of the loss there.
+    """
+
+    low: Tensor
+    high: Tensor
+    gradient: Tensor
+
+    @classmethod
+    def around(cls, value: Tensor, error: Tensor | float, gradient: Tensor) -> Cut:
+        return cls(value - error, value + error, gradient)
+
+    @property
+    def scale(self) -> float:
+        """Rms of the known numbers."""
+        middle = (self.low + self.high) / 2
+        finite = middle[middle.isfinite()]
+        return float(finite.square().mean().sqrt()) if len(finite) else 1.0
+
+
+@dataclass(frozen=True)
+class Recursive:
+    """`recursive`: layer by layer from the last layer's gradient down to the input.
+
+    Attributes:
+        unknowns: largest system to solve at once, numbers of the whole batch.
+        first, last: weights of the prior where the equations leave directions open, in geometric `stages`.
+        iterations: calls of L-BFGS a stage, of 20 inner steps each.
+    """
+
+    unknowns: int = 8192
+    first: float = 1e-2
+    last: float = 1e-8
+    stages: int = 5
+    iterations: int = 30
+    restarts: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.last <= self.first:
+            raise ValueError(f"weights must be positive and fall, got {self.first} to {self.last}")
+        if min(self.unknowns, self.stages, self.iterations, self.restarts) < 1:
+            raise ValueError("unknowns, stages, iterations and restarts must be at least 1")
+
+    def applies(self, view: View) -> str | None:
+        if view.round.local_steps > 1:
+            return "more than one local step: the layers' gradients are sums over several models"
+        head = head_gradient(view)
+        if head is None or head.weight_gradient is None or head.bias_gradient is None or head.weight is None:
+            return "the model does not end in a fully connected layer with a bias, both shared"
+        if view.round.num_examples > 1 and view.scale_free:
+            return "a batch without a known scale cannot be separated"
+        try:
+            links(view.victim)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    def run(self, view: View, generator: torch.Generator, monitor: Monitor) -> Reconstruction:
+        """Raises `RuntimeError` when the last layer's gradient does not give the features away."""
+        view = view.to(dtype=torch.float64)
+        chain = links(view.victim)
+        cut, labels, factor = features(view, generator)
+        layers = Layers(view, chain, factor, self.unknowns)
+        solved = layers.descend(cut)
+        details: dict[str, Any] = {
+            "links": len(chain),
+            "solved": len(chain) - solved.left,
+            "error by layer": solved.errors,
+        }
+        if solved.left == 0:
+            candidates = [(solved.cut.low + solved.cut.high) / 2]
+        else:
+            candidates = self._smoothest(layers, solved, labels, monitor)
+        stopped = monitor.stopped
+        monitor.forget_best()
+        monitor.start(len(candidates))
+        for x in candidates:
+            monitor.step(view.residual(x, labels), x, labels)
+        return monitor.result(stopped=stopped, details=details | {"prior": solved.left > 0})
+
+    def _smoothest(self, layers: Layers, solved: Descent, labels: Tensor, monitor: Monitor) -> list[Tensor]:
+        """The smoothest x that meet what is known at the cut, the prior weakened in stages; one a pass.
+
+        The first pass leaves out the weight gradients that jump where a ReLU below the cut switches:
+        what remains is continuous in x, and leads to the neighbourhood where the jumps are few.
+        """
+        space = layers.view.victim.space
+        grey = torch.full((len(labels), *space.shape), 0.5, dtype=torch.float64, device=labels.device)
+        x = space.encode(grey)
+        weights = torch.logspace(math.log10(self.first), math.log10(self.last), self.stages).tolist()
+        top, every = layers.names_at_top(solved), layers.names(solved)
+        passes = [(top, weights), (every, weights[len(weights) // 2 :])]
+        found = []
+        for names, path in passes if 0 < len(top) < len(every) else [(every, weights)]:
+            for weight in path:
+                x = self._stage(layers.misfit(solved, names), weight, x, labels, monitor, space)
+                if monitor.stopped == "budget":
+                    return [*found, x]
+            found.append(x)
+        return found
+
+    def _stage(
+        self,
+        misfit: Callable[[Tensor], Tensor],
+        weight: float,
+        x: Tensor,
+        labels: Tensor,
+        monitor: Monitor,
+        space: Pixels,
+    ) -> Tensor:
+        monitor.forget_best()  # the loss of another prior is another loss
+
+        def objective(x: Tensor, _: Tensor) -> Tensor:
+            return misfit(x) + weight * variation(space.decode(x))
+
+        candidate = Candidate(x, labels=labels)
+        lbfgs(candidate, objective, monitor, iterations=self.iterations, history=30, patience=5)
+        assert monitor.best_x is not None
+        return monitor.best_x
+
+
+def features(view: View, generator: torch.Generator) -> tuple[Cut, Tensor, float]:
+    """What is known at the classifier layer's input, the labels (N,), and the update's factor.
+
+    The factor is that between the update and the gradient of the loss.
+    Raises `RuntimeError` when the gradient of the last layer does not give the features.
+    """
+    head = head_gradient(view)
+    assert head is not None
+    assert head.weight is not None
+    assert head.weight_gradient is not None
+    count, factor = view.round.num_examples, 1.0
+    if count == 1:
+        single = head_consistency(view)
+        if single is None or not single.single_example or not single.belongs:
+            raise RuntimeError("the last layer's gradient is not that of one example and this checkpoint")
+        found, labels, factor = single.features[None], torch.tensor([single.label]), single.factor
+    else:
+        inference = infer_labels(view, generator)
+        if inference.features is None:
+            raise RuntimeError("the last layer's gradient does not tell the examples of the batch apart")
+        found, labels = inference.features, inference.labels
+    logit_gradient = head.probabilities(found) - F.one_hot(labels, len(head.weight))
+    if view.victim.loss_function is not cross_entropy_sum:
+        logit_gradient = logit_gradient / count
+    explained = factor * logit_gradient.T @ found
+    misfit = float((explained - head.weight_gradient).norm() / head.weight_gradient.norm())
+    error = max(SAFETY * head.epsilon, misfit) * float(found.square().mean().sqrt())
+    device = view.victim.device
+    cut = Cut.around(found.to(device), error, (logit_gradient @ head.weight).to(device))
+    return cut, labels.to(device), factor
+
+
+@dataclass(frozen=True)
+class Descent:
+    """How far the layers could be solved: the links above the cut are done, `left` below it are not."""
+
+    left: int
+    cut: Cut
+    errors: list[float]
+
+
+class Layers:
+    """The equations of one update, link by link.
+
+    Args:
+        factor: the update over the gradient of the loss.
+        limit: largest number of unknowns to solve for at once.
+    """
+
+    def __init__(self, view: View, chain: list[Link], factor: float, limit: int) -> None:
+        self.view, self._chain, self._limit = view, chain, limit
+        self._tensors = tensors_of(view.victim)
+        self._observed = {name: tensor / factor for name, tensor in view.observed.items()}
+
+    def descend(self, cut: Cut) -> Descent:
+        """Solve affine layers and invert activations for as long as the equations determine the values."""
+        left, errors = len(self._chain), list[float]()
+        while left > 0:
+            last = self._chain[left - 1]
+            if last.kind == "elementwise":
+                lower = self._invert(last, cut)
+                below = left - 1
+            elif last.kind == "affine":
+                below = self._run_below(left)
+                lower = self._solve(self._chain[below:left], cut)
+                if lower is not None:
+                    errors.append(float(f"{_rms(lower.high - lower.low) / 2:.2g}"))
+            else:
+                break
+            if lower is None:
+                break
+            left, cut = below, lower
+        return Descent(left, cut, errors)
+
+    def names(self, solved: Descent) -> list[str]:
+        """The shared parameters below the cut."""
+        return self._names(self._chain[: solved.left])
+
+    def names_at_top(self, solved: Descent) -> list[str]:
+        """Those of the affine layer right below the cut."""
+        return self._names(self._chain[self._run_below(solved.left) : solved.left])
+
+    def misfit(self, solved: Descent, names: list[str]) -> Callable[[Tensor], Tensor]:
+        """x -> half the squared relative error at the cut and in the gradients of `names`, a scalar."""
+        chain, cut = self._chain[: solved.left], solved.cut
+        size = cut.scale
+
+        def value(x: Tensor) -> Tensor:
+            leaves = {name: self._tensors[name].detach().requires_grad_() for name in names}
+            output = self._run(chain, leaves, x)
+            outside = F.relu(cut.low - output) + F.relu(output - cut.high)
+            total = (outside / size).square().sum()
+            if names:
+                paired = (output * cut.gradient).sum()
+                gradients = torch.autograd.grad(
+                    paired, list(leaves.values()), create_graph=x.requires_grad, materialize_grads=True
+                )
+                for name, gradient in zip(names, gradients, strict=True):
+                    wanted = self._observed[name]
+                    scale = wanted.square().mean().clamp(min=1e-300)
+                    total = total + ((gradient - wanted).square() / scale).sum()
+            return total / 2
+
+        return value
+
+    def _run(self, chain: list[Link], leaves: dict[str, Tensor], x: Tensor) -> Tensor:
+        tensors = {**self._tensors, **leaves}
+        for link in chain:
+            x = link(tensors, x)
+        return x
+
+    def _names(self, chain: list[Link]) -> list[str]:
+        """The shared parameters that the links use."""
+        return [name for link in chain for name in link.parameters(self._observed)]
+
+    def _run_below(self, left: int) -> int:
+        """The first of the affine links that end at `left`."""
+        while left > 0 and self._chain[left - 1].kind == "affine":
+            left -= 1
+        return left
+
+    def _invert(self, link: Link, cut: Cut) -> Cut | None:
+        """The cut before an activation; None when it does not rise everywhere, so has no inverse."""
+
+        def function(z: Tensor) -> Tensor:
+            return link(self._tensors, z)
+
+        return invert(function, cut)
+
+    def _solve(self, run: list[Link], cut: Cut) -> Cut | None:
+        """The input of an affine run by least squares; None when that does not determine it to 1 %."""
+        shape, count = run[0].incoming, len(cut.low)
+        size = shape.numel()
+        names = self._names(run)
+        known = (cut.high - cut.low) / 2 < WIDEST * cut.scale
+        equations = int(known.sum()) + sum(self._observed[name].numel() for name in names)
+        if count * size > self._limit or equations < count * size:
+            return None
+        basis = torch.eye(size, dtype=cut.low.dtype, device=cut.low.device).reshape(size, *shape)
+        forward = self._forward(run, basis, cut, known)
+        backward = self._backward(run, names, basis, cut)
+        solution = _least_squares([*forward, *backward], count * size)
+        if solution is None:
+            return None
+        value, error = (numbers.reshape(count, *shape) for numbers in solution)
+        if not _rms(error) < WIDEST * _rms(value):
+            return None
+        (gradient,) = torch.autograd.functional.vjp(lambda a: self._run(run, {}, a), value, cut.gradient)[1:]
+        return Cut.around(value, SAFETY * error, gradient)
+
+    def _forward(self, run: list[Link], basis: Tensor, cut: Cut, known: Tensor) -> list[Equations]:
+        """A a = z for the numbers known at the cut, an entry for each example."""
+        with torch.no_grad():
+            offset = self._run(run, {}, 0 * basis[:1])
+            matrix = (self._run(run, {}, basis) - offset).flatten(1).T
+        size, found = len(basis), []
+        for row, (low, high, use) in enumerate(zip(cut.low, cut.high, known, strict=True)):
+            weight = 2 / (high - low).clamp(min=1e-300)[use]
+            target = ((low + high) / 2 - offset[0])[use] * weight
+            left = matrix[use.flatten()] * weight[:, None]
+            found.append(Equations(left, target, slice(row * size, (row + 1) * size)))
+        return found
+
+    def _backward(self, run: list[Link], names: list[str], basis: Tensor, cut: Cut) -> list[Equations]:
+        """The weight gradients, which are affine in the input: one system for the whole batch."""
+        if not names:
+            return []
+        precision = {name: SAFETY * relative_precision(self.view, self.view.observed[name]) for name in names}
+        weights = torch.cat(
+            [
+                torch.full(
+                    (self._observed[name].numel(),),
+                    1 / max(precision[name] * _rms(self._observed[name]), 1e-300),
+                )
+                for name in names
+            ]
+        ).to(basis)
+        target = torch.cat([self._observed[name].flatten() for name in names])
+        blocks = []
+        for delta in cut.gradient:
+
+            def gradients(a: Tensor, delta: Tensor = delta) -> Tensor:
+                def paired(leaves: dict[str, Tensor]) -> Tensor:
+                    return (self._run(run, leaves, a[None])[0] * delta).sum()
+
+                found = torch.func.grad(paired)({name: self._tensors[name] for name in names})
+                return torch.cat([found[name].flatten() for name in names])
+
+            constant = gradients(0 * basis[0])
+            target = target - constant
+            blocks.append((vmap(gradients, chunk_size=CHUNK)(basis) - constant).T * weights[:, None])
+        return [Equations(torch.cat(blocks, 1), target * weights, slice(None))]
+
+
+@dataclass(frozen=True)
+class Equations:
+    """matrix (E, U) @ a[columns] = target (E,), each divided by its standard error."""
+
+    matrix: Tensor
+    target: Tensor
+    columns: slice
+
+
+def _least_squares(systems: list[Equations], unknowns: int) -> tuple[Tensor, Tensor] | None:
+    """The solution (U,) and its standard errors (U,) by the equations' own errors; None when singular."""
+    like = systems[0].matrix
+    normal = like.new_zeros(unknowns, unknowns)
+    for system in systems:
+        normal[system.columns, system.columns] += system.matrix.T @ system.matrix
+    scale = normal.diagonal().clamp(min=1e-300).rsqrt()
+    factor, failed = torch.linalg.cholesky_ex(normal * scale[:, None] * scale)
+    if int(failed):
+        return None
+    value = like.new_zeros(unknowns)
+    for _ in range(2):  # the second time it refines the first
+        rest = torch.zeros_like(value)
+        for system in systems:
+            misfit = system.target - system.matrix @ value[system.columns]
+            rest[system.columns] += system.matrix.T @ misfit
+        value = value + torch.cholesky_solve((rest * scale)[:, None], factor)[:, 0] * scale
+    variance = torch.cholesky_inverse(factor).diagonal() * scale.square()
+    return (value, variance.sqrt()) if bool((variance > 0).all()) else None
+
+
+def invert(function: Callable[[Tensor], Tensor], cut: Cut, reach: float = 40.0) -> Cut | None:
+    """The cut before an elementwise `function`, by bisection; None when it falls anywhere in +-`reach`.
+
+    A bound that the function does not come down or up to becomes infinite.
+    """
+    grid = torch.linspace(-reach, reach, 8001, dtype=cut.low.dtype, device=cut.low.device)
+    if bool((function(grid).diff() < 0).any()):
+        return None
+    least, most = function(grid[:1]), function(grid[-1:])
+    low = _bisect(lambda z: function(z) < cut.low.minimum(most), cut.low, reach)
+    high = _bisect(lambda z: function(z) <= cut.high.maximum(least), cut.high, reach)
+    low = torch.where(low <= -reach * 0.999, -math.inf, low)
+    high = torch.where(high >= reach * 0.999, math.inf, high)
+    middle = torch.where(low.isinf(), high - 1, torch.where(high.isinf(), low + 1, (low + high) / 2))
+    middle = torch.where(middle.isfinite(), middle, 0.0).requires_grad_()
+    (slope,) = torch.autograd.grad(function(middle).sum(), middle)
+    return Cut(low, high, cut.gradient * slope)
+
+
+def _bisect(below: Callable[[Tensor], Tensor], like: Tensor, reach: float) -> Tensor:
+    """Where a monotone test changes from true to false within +-`reach`."""
+    left, right = torch.full_like(like, -reach), torch.full_like(like, reach)
+    for _ in range(60):
+        middle = (left + right) / 2
+        true = below(middle)
+        left, right = torch.where(true, middle, left), torch.where(true, right, middle)
+    return (left + right) / 2
+
+
+def _rms(tensor: Tensor) -> float:
+    return float(tensor.square().mean().sqrt())
