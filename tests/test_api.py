@@ -115,6 +115,37 @@ def test_audit_captures_and_attacks(tmp_path: Path) -> None:
     }
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_an_audit_writes_nothing_into_the_folder_of_another(tmp_path: Path) -> None:
+    (tmp_path / "models.py").write_text(FACTORIES)
+    out = tmp_path / "out"
+
+    def audit(seed: int, force: bool = False, attack: str = "linear") -> leakaudit.AuditResult:
+        return leakaudit.audit(
+            f"{tmp_path}/models.py:mlp", photo_folder(), input_shape=SHAPE, num_classes=CLASSES,
+            attacks=[attack], seed=seed, out=out, force=force,
+        )  # fmt: skip
+
+    with pytest.raises(leakaudit.InputError, match="unknown attack"):
+        audit(0, attack="liner")
+    assert not out.exists()
+    first = audit(0)
+    before = contents(out)
+    with pytest.raises(leakaudit.InputError, match="holds the run of another update"):
+        audit(1)
+    assert contents(out) == before
+    assert timeless(audit(0)) == timeless(first)
+    assert audit(1, force=True).files != first.files
+    (out / "result.json").unlink()
+    before = contents(out)
+    with pytest.raises(leakaudit.InputError, match="shared.safetensors holds something else"):
+        audit(0)
+    assert contents(out) == before
+
+
 def test_capture_update_says_what_it_did(tmp_path: Path) -> None:
     lines = leakaudit.capture_update(
         "mlp:width=8,layers=1",
