@@ -131,7 +131,9 @@ def audit(
     list(choose(tuple(attacks)))  # as in `attack`, but before anything is captured
     _positive(budget, "budget")
     with tempfile.TemporaryDirectory(prefix="leakaudit-") as scratch:
-        shared, truth, saved = (Path(scratch) / f"{name}.safetensors" for name in ("shared", "truth", "model"))
+        shared, truth, saved = (
+            Path(scratch) / f"{name}.safetensors" for name in ("shared", "truth", "model")
+        )
         capture_update(
             model,
             data,

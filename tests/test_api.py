@@ -141,7 +141,7 @@ def test_an_audit_writes_nothing_into_the_folder_of_another(tmp_path: Path) -> N
     assert audit(1, force=True).files != first.files
     (out / "result.json").unlink()
     before = contents(out)
-    with pytest.raises(leakaudit.InputError, match="shared.safetensors holds something else"):
+    with pytest.raises(leakaudit.InputError, match=r"shared\.safetensors holds something else"):
         audit(0)
     assert contents(out) == before
 

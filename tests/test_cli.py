@@ -381,6 +381,7 @@ def test_bad_checkpoints(run: Runner, tmp_path: Path) -> None:
         (("--batch-size", "0"), "num_examples"),
         (("--examples", "0"), "num_examples must be at least 1, got 0"),
         (("--examples", "900"), "holds 4 images"),
+        (("--examples", "4"), "1 local step of 1 example would use only 1 of the 4 examples"),
         (("--local-steps", "3"), "3 local steps need a learning rate"),
         (("--local-steps", "3", "--epochs", "2"), "accepted is one of them"),
         (("--mode", "trian"), "did you mean 'train'"),
