@@ -209,7 +209,12 @@ def attack(
     ] = None,
     out: Annotated[Path, typer.Option(help="Run folder; a rerun resumes.")] = Path("runs/attack"),
     html: Annotated[Path | None, typer.Option(help="Write the HTML report here too.")] = None,
-    budget: Annotated[float, typer.Option(help="Seconds for all attacks together.")] = 600,
+    budget: Annotated[
+        float,
+        typer.Option(
+            help="Seconds for all attacks, at most a third of them to try what the file does not say."
+        ),
+    ] = 600,
     restarts: Annotated[int | None, typer.Option(help="Random starts of every attack.", min=1)] = None,
     fail_on: Annotated[
         str, typer.Option(help="Policy: thresholds that count as leakage; never: exit 0 for it.")

@@ -68,8 +68,9 @@ class Plan:
     Attributes:
         attacks: specs, or "auto": everything that applies, from cheap to dear, until the update is explained.
         seed: of every random start.
-        budget: seconds for all attacks together, None for no limit; an attack gets at most half
-            of what is left, the last all of it.
+        budget: seconds for all attacks together, None for no limit.  Trying out what the manifest does
+            not say gets at most a third of it, an attack at most half of what is left then, the
+            last all of it.
         restarts: of every attack; None for its own number, ending at the first match.
     """
 

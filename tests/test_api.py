@@ -67,7 +67,8 @@ def test_save_in_a_training_loop_then_attack(tmp_path: Path) -> None:
     assert {row.name: row.status for row in result.knowledge}["normalisation"] == "unknown"
 
 
-def test_a_pair_of_checkpoints(tmp_path: Path) -> None:
+def two_local_steps(folder: Path) -> nn.Module:
+    """The model before, and before.pt and after.pt in the folder."""
     model = build("mlp").eval()
     before = copy.deepcopy(model)
     optimiser = torch.optim.SGD(model.parameters(), lr=0.5)
@@ -76,8 +77,13 @@ def test_a_pair_of_checkpoints(tmp_path: Path) -> None:
         optimiser.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
         optimiser.step()
-    torch.save(before.state_dict(), tmp_path / "before.pt")
-    torch.save(model.state_dict(), tmp_path / "after.pt")
+    torch.save(before.state_dict(), folder / "before.pt")
+    torch.save(model.state_dict(), folder / "after.pt")
+    return before
+
+
+def test_a_pair_of_checkpoints(tmp_path: Path) -> None:
+    before = two_local_steps(tmp_path)
     stated = STATED.model_copy(update={"learning_rate": 0.5, "local_steps": 2})
     stated = Manifest.model_validate(stated.model_dump(exclude_none=True))
     result = leakaudit.attack(
@@ -87,6 +93,21 @@ def test_a_pair_of_checkpoints(tmp_path: Path) -> None:
     assert result.best_trial.residual is not None
     assert result.best_trial.residual < 1e-3
     assert result.round.local_steps == 2
+
+
+def test_unknown_steps_are_tried_within_the_budget(tmp_path: Path) -> None:
+    before = two_local_steps(tmp_path)
+    stated = Manifest.model_validate({**STATED.model_dump(exclude_none=True), "learning_rate": 0.5})
+    result = leakaudit.attack(
+        tmp_path / "after.pt", before, before=tmp_path / "before.pt", manifest=stated,
+        attacks=["inverting-gradients"], budget=0.2, controls=False,
+    )  # fmt: skip
+    finding = next(finding for finding in result.findings if finding.name == "hypotheses")
+    assert finding.severity == "warning"
+    assert "The budget did not allow to compare all" in finding.text
+    assert finding.text in " ".join(result.verdict.reasons)
+    assert sum(trial.seconds for trial in result.trials) < 0.6
+    assert len(result.trials) == 1
 
 
 def test_a_module_needs_its_shapes(tmp_path: Path) -> None:
