@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
 import shutil
 import stat
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ import typer
 from safetensors.torch import load, save_file
 from tiny_audits import FACTORIES, Ran, Runner, runner, words
 
-from leakaudit import __version__
+from leakaudit import __version__, cli
 from leakaudit.cli import app
 from leakaudit.data import photo_folder
 from leakaudit.formats.reading import read_file
@@ -83,6 +85,17 @@ def test_help_documents_every_option(name: str, run: Runner) -> None:
         if parameter.name != "help":
             assert max(parameter.opts, key=len).lstrip("-").upper() in text.upper()
             assert words(parameter.help)[:30] in text
+
+
+def test_every_help_text_is_written_once() -> None:
+    calls = [
+        node for node in ast.walk(ast.parse(Path(cli.__file__).read_text())) if isinstance(node, ast.Call)
+    ]
+    texts = [
+        ast.unparse(keyword.value) for call in calls for keyword in call.keywords if keyword.arg == "help"
+    ]
+    assert len(texts) > 30
+    assert [text for text, count in Counter(texts).items() if count > 1] == []
 
 
 def test_root_help_names_the_exit_codes(run: Runner) -> None:
