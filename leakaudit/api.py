@@ -85,6 +85,7 @@ def attack(
         command=command,
         title=title,
     )
+    downloaded = checkpoint or before
     sources = Sources(update, model, checkpoint, before, manifest, labels, truth, pool, device)
     opened = open_update(sources, seed)
     subject = Subject(
@@ -94,7 +95,7 @@ def attack(
         pool=None if truth is None else read_pool(pool, opened.view),
         files=opened.files,
         findings=opened.findings,
-        checkpoint=None if checkpoint is None else Path(checkpoint).name,
+        checkpoint=None if downloaded is None else Path(downloaded).name,
     )
     folder = _run_folder(out, opened.files, force)
     return write_run(run_audit(subject, settings, folder, on_progress), folder)

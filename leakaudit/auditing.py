@@ -17,6 +17,7 @@ from leakaudit import __version__
 from leakaudit.data import PrivateBatch, control_photos
 from leakaudit.errors import InputError
 from leakaudit.execution import OnProgress, Outcome, Plan, progress, run_attacks
+from leakaudit.formats.phrases import counted
 from leakaudit.formats.writing import save_tensors
 from leakaudit.hypotheses import Sweep, settle
 from leakaudit.illustration import Yardstick, illustrate
@@ -306,12 +307,12 @@ def _round_summary(view: View) -> RoundSummary:
 def _hypothesis_findings(sweep: Sweep) -> list[Finding]:
     if sweep.best is None and sweep.complete:
         return []
-    tried = {f"{h.mode}, {h.local_steps} steps": h.residual for h in sweep.tried}
+    tried = {f"{h.mode}, {counted(h.local_steps, 'step')}": h.residual for h in sweep.tried}
     text = "The file does not say all about the round, and no two hypotheses on it were compared."
     if sweep.best is not None:
         text = (
             f"Of {len(sweep.tried)} hypotheses on what the file does not say, {sweep.best.mode} mode with "
-            f"{sweep.best.local_steps} local steps fits best (relative residual {sweep.best.residual:.2g})."
+            f"{counted(sweep.best.local_steps, 'local step')} fits best (relative residual {sweep.best.residual:.2g})."
         )
     if sweep.decided:
         return [Finding(name="hypotheses", severity="info", text=text, data=tried)]

@@ -40,7 +40,10 @@ Model = Annotated[
 ]
 Checkpoint = Annotated[Path | None, typer.Option(help="The model as the client downloaded it.")]
 Before = Annotated[
-    Path | None, typer.Option(help="Checkpoint before local training, when the file is the one after.")
+    Path | None,
+    typer.Option(
+        help="Checkpoint before local training, when the file is the one after; replaces --checkpoint."
+    ),
 ]
 Kind = Annotated[str | None, typer.Option(help="gradient or delta.")]
 Sign = Annotated[str | None, typer.Option(help="Of a delta: before-minus-after or after-minus-before.")]

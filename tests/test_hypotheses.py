@@ -13,6 +13,7 @@ from tiny_audits import UNSAID, victim_of, view_of
 from leakaudit.attacks.base import Monitor, Reconstruction
 from leakaudit.attacks.gradient_matching import InvertingGradients
 from leakaudit.auditing import _hypothesis_findings
+from leakaudit.formats.phrases import counted
 from leakaudit.hypotheses import STEPS, Hypothesis, Sweep, settle
 from leakaudit.models.victim import Mode
 from leakaudit.rounds import Round
@@ -53,7 +54,7 @@ def test_the_number_of_local_steps_is_inferred(steps: int, rate: float) -> None:
     assert settled.knowledge.local_steps.status == "inferred"
     assert [hypothesis.local_steps for hypothesis in sweep.tried] == list(STEPS)
     (finding,) = _hypothesis_findings(sweep)
-    assert f"eval mode with {steps} local steps fits best" in finding.text
+    assert f"eval mode with {counted(steps, 'local step')} fits best" in finding.text
     assert len(finding.data) == len(STEPS)
     assert finding.severity == "info"
 

@@ -228,7 +228,8 @@ class Victim:
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(
-                f"model {self.name} cannot take inputs of shape {self.space.shape}: {reason}"
+                f"model {self.name} cannot take inputs of shape {self.space.shape}: {reason};"
+                " state theirs by --input-shape"
             ) from error
         if shape != (2, self.num_classes):
             raise InputError(

@@ -541,7 +541,9 @@ def _count_outputs(module: nn.Module, shape: Shape, spec: str) -> int:
         with torch.no_grad():
             output = module.eval()(torch.zeros(2, *shape))
     except Exception as error:  # the user's own code may raise anything
-        raise InputError(f"model {spec} cannot take inputs of shape {shape}: {_reason(error)}") from error
+        raise InputError(
+            f"model {spec} cannot take inputs of shape {shape}: {_reason(error)}; state theirs by --input-shape"
+        ) from error
     if not isinstance(output, Tensor) or output.dim() != 2:
         raise InputError(f"model {spec} does not return class scores of shape (batch, classes)")
     return output.shape[1]
