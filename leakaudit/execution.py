@@ -12,6 +12,7 @@ from leakaudit.attacks.base import Attack, Monitor, OnStep, Reconstruction
 from leakaudit.attacks.registry import ATTACKS, AUTO, EXACT
 from leakaudit.attempts import AttemptStore
 from leakaudit.errors import InputError
+from leakaudit.formats.phrases import first_line
 from leakaudit.randomness import fork
 from leakaudit.results import Skipped, Verification
 from leakaudit.spec import format_spec, parse
@@ -159,7 +160,7 @@ def _run(
             interrupted = True
             break
         except (RuntimeError, ArithmeticError, InputError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             continue
         found, seconds = kept
         interrupted = found.stopped == "interrupted"

@@ -16,6 +16,7 @@ from leakaudit.errors import InputError
 from leakaudit.formats.checkpoint import load_checkpoint, parameters_sha256
 from leakaudit.formats.loading import SharedUpdate, check_checkpoint, load_update
 from leakaudit.formats.manifest import Manifest
+from leakaudit.formats.phrases import first_line
 from leakaudit.formats.reading import read_file
 from leakaudit.inspection import Inspection, inspect_update
 from leakaudit.models.victim import Victim
@@ -63,7 +64,7 @@ def pick_device(name: str) -> torch.device:
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+        raise InputError(f"device {name!r} cannot be used: {first_line(error)}") from error
 
 
 def open_victim(sources: Sources, manifest: Manifest) -> Victim:

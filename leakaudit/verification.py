@@ -24,6 +24,7 @@ from torch import Tensor
 
 from leakaudit.attacks.head import storage_precision
 from leakaudit.attacks.jacobian import Spectrum, System
+from leakaudit.formats.phrases import first_line
 from leakaudit.randomness import fork
 from leakaudit.results import Verification
 from leakaudit.threat import View
@@ -192,7 +193,7 @@ def _too_dear(system: System, point: Tensor, budget: Budget) -> str:
     try:
         seconds = _seconds(system, point)
     except RuntimeError as error:
-        return f"the Jacobian cannot be computed: {str(error).splitlines()[0]}"
+        return f"the Jacobian cannot be computed: {first_line(error)}"
     if seconds > budget.seconds:
         return f"the Jacobian takes about {seconds:.0f} s, more than the limit of {budget.seconds:g} s"
     return ""

@@ -21,8 +21,10 @@ from tiny_audits import FACTORIES, Ran, Runner, runner, words
 from leakaudit import __version__, cli
 from leakaudit.cli import app
 from leakaudit.data import photo_folder
+from leakaudit.errors import InputError
 from leakaudit.formats.reading import read_file
 from leakaudit.report.folder import read_run
+from leakaudit.subject import pick_device
 
 SHAPED = ("--input-shape", "3,8,8", "--num-classes", "5")
 GENTLE = ("--attack", "inverting-gradients:iterations=150", "--metric", "psnr")
@@ -462,6 +464,15 @@ def test_bad_attacks_write_nothing(options: tuple[str, ...], part: str, run: Run
     refuses(attack(run, "mlp", *options), part)
     assert files(tmp_path) == before
     assert not (tmp_path / "out").exists()
+
+
+def test_a_device_that_fails_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    def silent(*_: object, **__: object) -> torch.Tensor:
+        raise AssertionError
+
+    monkeypatch.setattr(torch, "zeros", silent)
+    with pytest.raises(InputError, match="device 'cuda' cannot be used: AssertionError"):
+        pick_device("cuda")
 
 
 def test_bad_reports(run: Runner, tmp_path: Path) -> None:

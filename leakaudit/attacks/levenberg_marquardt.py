@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from leakaudit.attacks.base import Monitor, Reconstruction, Stop
+from leakaudit.attacks.base import Monitor, Reconstruction, Stop, require_positive
 from leakaudit.attacks.jacobian import Spectrum, System, plan
 from leakaudit.attacks.labels import infer_labels
 from leakaudit.attacks.matching import cosine, total_variation
@@ -70,9 +70,7 @@ class LevenbergMarquardt:
     restarts: int = 3
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "damping", "equations", "memory_gb", "restarts"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        require_positive(self, "iterations", "damping", "equations", "memory_gb", "restarts")
         for name in ("warm_start", "smoothness"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
