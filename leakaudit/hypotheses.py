@@ -16,6 +16,7 @@ from itertools import product
 
 from leakaudit.attacks.base import Monitor, OnStep
 from leakaudit.attacks.gradient_matching import InvertingGradients
+from leakaudit.attacks.head import effective_rank, head_gradient
 from leakaudit.errors import InputError
 from leakaudit.models.victim import Mode
 from leakaudit.randomness import fork
@@ -80,7 +81,7 @@ def settle(
     knowledge = view.knowledge
     modes: list[Mode] = ["eval", "train"] if knowledge.mode.value is None else [view.victim.mode]
     sweeps_steps = knowledge.local_steps.value is None and knowledge.learning_rate.value is not None
-    steps = list(STEPS) if sweeps_steps else [view.round.local_steps]
+    steps = _plausible_steps(view) if sweeps_steps else [view.round.local_steps]
     if len(modes) * len(steps) == 1:
         return view, Sweep()
     views = [
@@ -103,6 +104,20 @@ def settle(
     if sweeps_steps:
         knowledge = replace(knowledge, local_steps=inferred(winner.round.local_steps, source))
     return replace(winner, knowledge=knowledge), sweep
+
+
+def _plausible_steps(view: View) -> list[int]:
+    """`STEPS` without those too few for the rank of the last layer's gradient.
+
+    Every example of every step adds one outer product to it.  A full rank tells nothing (noise has it).
+    """
+    head = head_gradient(view)
+    if head is None or head.weight_gradient is None or view.knowledge.batch_size.value is None:
+        return list(STEPS)
+    rank = effective_rank(head.weight_gradient, head.epsilon)
+    if rank >= min(head.weight_gradient.shape[0] - 1, head.weight_gradient.shape[1]):
+        return list(STEPS)
+    return [count for count in STEPS if count * view.round.batch_size >= rank] or list(STEPS)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from leakaudit.attacks.base import Monitor, Reconstruction
 from leakaudit.attacks.gradient_matching import InvertingGradients
 from leakaudit.auditing import _hypothesis_findings
 from leakaudit.formats.phrases import counted
-from leakaudit.hypotheses import STEPS, Hypothesis, Sweep, settle
+from leakaudit.hypotheses import STEPS, Hypothesis, Sweep, _plausible_steps, settle
 from leakaudit.models.victim import Mode
 from leakaudit.rounds import Round
 from leakaudit.threat import View, known
@@ -52,11 +52,21 @@ def test_the_number_of_local_steps_is_inferred(steps: int, rate: float) -> None:
     assert settled.round.local_steps == steps
     assert settled.knowledge.local_steps.value == steps
     assert settled.knowledge.local_steps.status == "inferred"
-    assert [hypothesis.local_steps for hypothesis in sweep.tried] == list(STEPS)
+    tried = [hypothesis.local_steps for hypothesis in sweep.tried]
+    assert tried == list(STEPS)[-len(tried) :]
     (finding,) = _hypothesis_findings(sweep)
     assert f"eval mode with {counted(steps, 'local step')} fits best" in finding.text
-    assert len(finding.data) == len(STEPS)
+    assert len(finding.data) == len(tried)
     assert finding.severity == "info"
+
+
+@pytest.mark.parametrize("rate", [0.03, 0.3])
+@pytest.mark.parametrize(("steps", "count", "size"), [(1, 1, 1), (2, 1, 1), (3, 1, 1), (8, 1, 1), (2, 2, 1)])
+def test_too_few_steps_for_the_rank_are_not_tried(steps: int, count: int, size: int, rate: float) -> None:
+    """Every step of an example adds one to the rank; the truth is never ruled out."""
+    possible = _plausible_steps(unsaid_steps(steps, rate, count, size))
+    assert steps in possible
+    assert (1 in possible) == (steps == 1)
 
 
 def test_a_close_call_is_a_doubt_about_the_audit() -> None:
@@ -121,7 +131,7 @@ def test_a_sweep_ends_with_its_budget(budget: float, tried: int, monkeypatch: py
     """The coarse attack takes 41 looks at the clock."""
     clock = Clock()
     monkeypatch.setattr(time, "monotonic", clock)
-    view = unsaid_steps(3, 0.01)
+    view = unsaid_steps(1, 0.01)
     settled, sweep = settle(view, 0, budget=budget)
     assert clock.now <= budget + 3
     assert not sweep.complete
@@ -142,7 +152,7 @@ def test_finalists_take_part_all_or_none(monkeypatch: pytest.MonkeyPatch) -> Non
     """A finalist with three times the steps would beat the others for that reason alone."""
     monkeypatch.setattr("leakaudit.hypotheses.OBVIOUS", 0.0)
     monkeypatch.setattr("leakaudit.hypotheses.STEPS", (1, 2, 3, 4))
-    view = unsaid_steps(3, 0.01)
+    view = unsaid_steps(1, 0.01)
     monkeypatch.setattr(time, "monotonic", Clock())
     _, brief = settle(view, 0, budget=170)
     _, cut = settle(view, 0, budget=170 + 150)
