@@ -546,11 +546,12 @@ def _batch_size(view: View, consistency: HeadConsistency | None, notes: _Notes) 
         )
         return None
     certain = rank < limit
+    steps = "" if view.knowledge.local_steps.value == 1 else ", or fewer in several local steps"
     notes.hint(
         "batch size",
         f"The last layer's gradient has rank {rank} of at most {limit}: "
         + (
-            f"{rank} examples, unless some have the same features (estimate)."
+            f"{rank} examples, unless some have the same features{steps} (estimate)."
             if certain
             else "no fewer examples."
         ),

@@ -124,6 +124,12 @@ def test_what_is_missing_is_named(run: Runner, tmp_path: Path) -> None:
     refused(run("inspect", "grads.pt", *GRADIENT[:4], "--input-shape", "1,8,8"), "shape (1, 8, 8)")
 
 
+def test_a_rank_may_come_from_steps(run: Runner) -> None:
+    """One example in two steps: nobody said how many of either."""
+    text = words(run("inspect", "after.pth", *PAIR[:8]).out)
+    assert "rank 2 of at most 9: 2 examples, unless some have the same features, or fewer in several" in text
+
+
 def test_wrappers_and_neighbours_are_noted(run: Runner) -> None:
     text = words(run("inspect", "after.pth", *PAIR).out)
     assert "Read from 'state_dict' in the file; left out beside it: epoch." in text
