@@ -13,6 +13,7 @@ from pathlib import Path
 
 from torch import nn
 
+from leakaudit.atomic import sha256_of, write_atomically
 from leakaudit.auditing import Settings, Subject
 from leakaudit.auditing import audit as run_audit
 from leakaudit.capture import Captured, capture, steps_of_epochs, write_captured
@@ -84,6 +85,7 @@ def attack(
         command=command,
         title=title,
     )
+    downloaded = checkpoint or before
     sources = Sources(update, model, checkpoint, before, manifest, labels, truth, pool, device)
     opened = open_update(sources, seed)
     subject = Subject(
@@ -93,7 +95,7 @@ def attack(
         pool=None if truth is None else read_pool(pool, opened.view),
         files=opened.files,
         findings=opened.findings,
-        checkpoint=None if checkpoint is None else Path(checkpoint).name,
+        checkpoint=None if downloaded is None else Path(downloaded).name,
     )
     folder = _run_folder(out, opened.files, force)
     return write_run(run_audit(subject, settings, folder, on_progress), folder)
@@ -124,33 +126,40 @@ def audit(
 ) -> AuditResult:
     """Capture an update from your own data and attack it, truth at hand: `capture_update`, then `attack`.
 
-    The files of the capture are kept in `out`, beside the result.  Arguments as for those two.
+    The files of the capture are kept in `out`, beside the result.  Nothing is written where `out` holds
+    another capture or run, without `force`.  Arguments as for those two.
     """
-    folder = _writable(out)
-    shared, truth, saved = (folder / f"{name}.safetensors" for name in ("shared", "truth", "model"))
-    capture_update(
-        model,
-        data,
-        shared,
-        truth=truth,
-        checkpoint=checkpoint,
-        save_model=saved,
-        batch_size=batch_size or num_examples,
-        num_examples=num_examples,
-        local_steps=local_steps,
-        learning_rate=learning_rate,
-        mode=mode,
-        normalisation=normalisation,
-        input_shape=input_shape,
-        num_classes=num_classes,
-        defenses=defenses,
-        seed=seed,
-    )
+    list(choose(tuple(attacks)))  # as in `attack`, but before anything is captured
+    _positive(budget, "budget")
+    with tempfile.TemporaryDirectory(prefix="leakaudit-") as scratch:
+        shared, truth, saved = (
+            Path(scratch) / f"{name}.safetensors" for name in ("shared", "truth", "model")
+        )
+        capture_update(
+            model,
+            data,
+            shared,
+            truth=truth,
+            checkpoint=checkpoint,
+            save_model=saved,
+            batch_size=batch_size or num_examples,
+            num_examples=num_examples,
+            local_steps=local_steps,
+            learning_rate=learning_rate,
+            mode=mode,
+            normalisation=normalisation,
+            input_shape=input_shape,
+            num_classes=num_classes,
+            defenses=defenses,
+            seed=seed,
+        )
+        folder = _run_folder(out, {path.name: sha256_of(path) for path in (shared, saved)}, force)
+        _keep((shared, truth, saved), folder, force)
     return attack(
-        shared,
+        folder / shared.name,
         model,
-        checkpoint=saved,
-        truth=truth,
+        checkpoint=folder / saved.name,
+        truth=folder / truth.name,
         attacks=attacks,
         seed=seed,
         budget=budget,
@@ -308,6 +317,16 @@ def _run_folder(out: str | Path | None, files: dict[str, str], force: bool) -> P
                 f"{folder} holds the run of another update; accepted: --force, or another folder"
             )
     return folder
+
+
+def _keep(files: Sequence[Path], folder: Path, force: bool) -> None:
+    """Copy the files into the folder; `InputError`, and no copy, where one of them would replace another."""
+    for path in files:
+        target = folder / path.name
+        if target.exists() and not force and sha256_of(target) != sha256_of(path):
+            raise InputError(f"{target} holds something else; accepted: --force, or another folder")
+    for path in files:
+        write_atomically(folder / path.name, path.read_bytes())
 
 
 def _writable(out: str | Path | None) -> Path:

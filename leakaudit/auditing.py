@@ -17,8 +17,9 @@ from leakaudit import __version__
 from leakaudit.data import PrivateBatch, control_photos
 from leakaudit.errors import InputError
 from leakaudit.execution import OnProgress, Outcome, Plan, progress, run_attacks
+from leakaudit.formats.phrases import counted
 from leakaudit.formats.writing import save_tensors
-from leakaudit.hypotheses import Hypothesis, decided, settle
+from leakaudit.hypotheses import Sweep, settle
 from leakaudit.illustration import Yardstick, illustrate
 from leakaudit.inspection import Inspection
 from leakaudit.judgement import floor_control, judge
@@ -36,6 +37,9 @@ from leakaudit.results import (
 )
 from leakaudit.rounds import Round, client_update
 from leakaudit.threat import Fact, View, known
+
+SWEEP_SHARE = 1 / 3
+"""Of the budget, for finding out what the manifest does not say."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +90,10 @@ def audit(
     """
     began = time.monotonic()
     plan = settings.plan
-    view, hypotheses = settle(subject.view, plan.seed, progress(on_progress, "unknown facts"))
-    outcomes, skipped = run_attacks(view, plan, folder / "attempts", on_progress)
+    share = None if plan.budget is None else SWEEP_SHARE * plan.budget
+    view, sweep = settle(subject.view, plan.seed, progress(on_progress, "unknown facts"), share)
+    left = None if plan.budget is None else max(0.0, plan.budget - (time.monotonic() - began))
+    outcomes, skipped = run_attacks(view, replace(plan, budget=left), folder / "attempts", on_progress)
     best = _best(outcomes)
     yardstick = Yardstick(
         subject.truth, subject.pool, settings.metrics, settings.policy, plan.seed, settings.redact
@@ -98,7 +104,7 @@ def audit(
     ]
     if best is not None:
         _save_reconstruction(folder, view, outcomes[best])
-    findings = [*subject.findings, *subject.inspection.findings, *_hypothesis_findings(hypotheses)]
+    findings = [*subject.findings, *subject.inspection.findings, *_hypothesis_findings(sweep)]
     controls = _controls(subject, view, settings, outcomes, trials, best, findings, folder, on_progress)
     return AuditResult(
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -298,16 +304,22 @@ def _round_summary(view: View) -> RoundSummary:
     )
 
 
-def _hypothesis_findings(hypotheses: Sequence[Hypothesis]) -> list[Finding]:
-    if not hypotheses:
+def _hypothesis_findings(sweep: Sweep) -> list[Finding]:
+    if sweep.best is None and sweep.complete:
         return []
-    best = min(hypotheses, key=lambda hypothesis: hypothesis.residual)
-    tried = {f"{h.mode}, {h.local_steps} steps": h.residual for h in hypotheses}
-    text = (
-        f"Of {len(hypotheses)} hypotheses on what the file does not say, {best.mode} mode with "
-        f"{best.local_steps} local steps fits best (relative residual {best.residual:.2g})."
-    )
-    if decided(hypotheses):
+    tried = {f"{h.mode}, {counted(h.local_steps, 'step')}": h.residual for h in sweep.tried}
+    text = "The file does not say all about the round, and no two hypotheses on it were compared."
+    if sweep.best is not None:
+        text = (
+            f"Of {len(sweep.tried)} hypotheses on what the file does not say, {sweep.best.mode} mode with "
+            f"{counted(sweep.best.local_steps, 'local step')} fits best (relative residual {sweep.best.residual:.2g})."
+        )
+    if sweep.decided:
         return [Finding(name="hypotheses", severity="info", text=text, data=tried)]
-    text += " Another fits almost as well; state the mode and the local steps if you know them."
+    text += (
+        " Another fits almost as well;"
+        if sweep.complete
+        else f" The budget did not allow to compare all {sweep.planned} at length; raise it, or"
+    )
+    text += " state the mode and the local steps if you know them."
     return [Finding(name="hypotheses", severity="warning", text=text, data=tried)]

@@ -60,9 +60,10 @@ def capture(
         seed: of the defenses' randomness.
 
     One local step is FedSGD (McMahan et al. 2017) and gives a gradient; several give a delta.
-    Raises `InputError` when the batch does not fit the round or the model, or the update
-    is not finite (a learning rate too large).
+    Raises `InputError` when the batch does not fit the round or the model, the local steps do not
+    come to every example, or the update is not finite (a learning rate too large).
     """
+    _refuse_idle_examples(round)
     if len(batch) != round.num_examples:
         raise InputError(f"the round takes {round.num_examples} examples, the batch holds {len(batch)}")
     if tuple(batch.pixels.shape[1:]) != victim.space.shape:
@@ -85,6 +86,17 @@ def capture(
         moved = trained_buffers(victim, round, x, y) if victim.mode == "train" else victim.buffers
         buffers = {name: tensor.detach().cpu().clone() for name, tensor in moved.items()}
     return Captured(update, buffers, _manifest(victim, round, update, buffers, defenses))
+
+
+def _refuse_idle_examples(round: Round) -> None:
+    """An example that no step uses leaves no trace in the update, yet the truth would list it."""
+    count, size = round.num_examples, round.batch_size
+    if round.examples_used < count:
+        raise InputError(
+            f"{counted(round.local_steps, 'local step')} of {counted(size, 'example')} would use only"
+            f" {round.examples_used} of the {count} examples; accepted: at least"
+            f" {steps_of_epochs(1, count, size)} local steps, a batch size of {count}, or fewer examples"
+        )
 
 
 def write_captured(path: str | Path, captured: Captured) -> None:

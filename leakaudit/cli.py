@@ -29,6 +29,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+BATCH_SIZE = typer.Option(help="Private examples a local step.")
+REDUCTION = typer.Option(help="mean or sum over the batch.")
+
 UpdateFile = Annotated[
     Path, typer.Argument(help="The file a client shared: .safetensors, .npz, .pt.", show_default=False)
 ]
@@ -37,17 +40,20 @@ Model = Annotated[
 ]
 Checkpoint = Annotated[Path | None, typer.Option(help="The model as the client downloaded it.")]
 Before = Annotated[
-    Path | None, typer.Option(help="Checkpoint before local training, when the file is the one after.")
+    Path | None,
+    typer.Option(
+        help="Checkpoint before local training, when the file is the one after; replaces --checkpoint."
+    ),
 ]
 Kind = Annotated[str | None, typer.Option(help="gradient or delta.")]
 Sign = Annotated[str | None, typer.Option(help="Of a delta: before-minus-after or after-minus-before.")]
 LearningRate = Annotated[float | None, typer.Option("--learning-rate", "--lr", help="Of the client's SGD.")]
 LocalSteps = Annotated[int | None, typer.Option(help="SGD steps between download and upload.")]
-BatchSize = Annotated[int | None, typer.Option(help="Private examples a local step.")]
+BatchSize = Annotated[int | None, BATCH_SIZE]
 Examples = Annotated[int | None, typer.Option(help="Private examples in all; the batch size by default.")]
 Mode = Annotated[str | None, typer.Option(help="train or eval: the client's BatchNorm.")]
 Loss = Annotated[str | None, typer.Option(help="cross-entropy.")]
-Reduction = Annotated[str | None, typer.Option(help="mean or sum over the batch.")]
+Reduction = Annotated[str | None, REDUCTION]
 Normalisation = Annotated[
     str | None, typer.Option(help="none, cifar10, cifar100, imagenet, mnist, or MEAN/STD as m,m,m/s,s,s.")
 ]
@@ -104,7 +110,7 @@ def capture(
             help="Write the model the client downloaded; model.safetensors beside --out without --checkpoint."
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Private examples a local step.")] = 1,
+    batch_size: Annotated[int, BATCH_SIZE] = 1,
     examples: Examples = None,
     start: Annotated[int, typer.Option(help="First example of the data.")] = 0,
     local_steps: LocalSteps = None,
@@ -116,7 +122,7 @@ def capture(
     normalisation: Annotated[str, typer.Option(help="As for attack; none feeds pixels in [0, 1].")] = "none",
     input_shape: InputShape = None,
     num_classes: Classes = None,
-    reduction: Annotated[str, typer.Option(help="mean or sum over the batch.")] = "mean",
+    reduction: Annotated[str, REDUCTION] = "mean",
     buffers: Annotated[bool, typer.Option("--buffers", help="Share BatchNorm buffers too.")] = False,
     defense: Annotated[
         list[str] | None, typer.Option(help="NAME:key=value, applied in order; see list defenses.")
@@ -209,7 +215,12 @@ def attack(
     ] = None,
     out: Annotated[Path, typer.Option(help="Run folder; a rerun resumes.")] = Path("runs/attack"),
     html: Annotated[Path | None, typer.Option(help="Write the HTML report here too.")] = None,
-    budget: Annotated[float, typer.Option(help="Seconds for all attacks together.")] = 600,
+    budget: Annotated[
+        float,
+        typer.Option(
+            help="Seconds for all attacks, at most a third of them to try what the file does not say."
+        ),
+    ] = 600,
     restarts: Annotated[int | None, typer.Option(help="Random starts of every attack.", min=1)] = None,
     fail_on: Annotated[
         str, typer.Option(help="Policy: thresholds that count as leakage; never: exit 0 for it.")

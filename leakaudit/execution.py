@@ -12,6 +12,7 @@ from leakaudit.attacks.base import Attack, Monitor, OnStep, Reconstruction
 from leakaudit.attacks.registry import ATTACKS, AUTO, EXACT
 from leakaudit.attempts import AttemptStore
 from leakaudit.errors import InputError
+from leakaudit.formats.phrases import first_line
 from leakaudit.randomness import fork
 from leakaudit.results import Skipped, Verification
 from leakaudit.spec import format_spec, parse
@@ -68,8 +69,9 @@ class Plan:
     Attributes:
         attacks: specs, or "auto": everything that applies, from cheap to dear, until the update is explained.
         seed: of every random start.
-        budget: seconds for all attacks together, None for no limit; an attack gets at most half
-            of what is left, the last all of it.
+        budget: seconds for all attacks together, None for no limit.  Trying out what the manifest does
+            not say gets at most a third of it, an attack at most half of what is left then, the
+            last all of it.
         restarts: of every attack; None for its own number, ending at the first match.
     """
 
@@ -158,7 +160,7 @@ def _run(
             interrupted = True
             break
         except (RuntimeError, ArithmeticError, InputError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             continue
         found, seconds = kept
         interrupted = found.stopped == "interrupted"

@@ -539,18 +539,19 @@ def _batch_size(view: View, consistency: HeadConsistency | None, notes: _Notes) 
     if stated is not None and stated < rank:
         notes.warning(
             "batch size",
-            f"The last layer's gradient has rank {rank}, more than the {stated} examples stated: there were"
+            f"The last layer's gradient has rank {rank}, more than the number of examples stated, {stated}: there were"
             " more examples or steps, or something was added to the update.",
             rank=rank,
             stated=stated,
         )
         return None
     certain = rank < limit
+    steps = "" if view.knowledge.local_steps.value == 1 else ", or fewer in several local steps"
     notes.hint(
         "batch size",
         f"The last layer's gradient has rank {rank} of at most {limit}: "
         + (
-            f"{rank} examples, unless some have the same features (estimate)."
+            f"{rank} examples, unless some have the same features{steps} (estimate)."
             if certain
             else "no fewer examples."
         ),
@@ -623,7 +624,8 @@ def _closed_forms(view: View, notes: _Notes, changed: bool) -> None:
     if alone and view.round.local_steps == 1 and layers:
         notes.leak(
             "features in closed form",
-            f"With one example, weight over bias gradient gives the input of {', '.join(layers)} {exactly}:"
+            "With one example, weight over bias gradient gives the input of"
+            f" {'layer' if len(layers) == 1 else 'layers'} {', '.join(layers)} {exactly}:"
             " features of the private example.",
             layers=layers,
         )

@@ -26,6 +26,7 @@ from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from leakaudit.errors import InputError
+from leakaudit.formats.phrases import first_line
 from leakaudit.results import Score
 
 CHANCE_DRAWS = 8
@@ -337,8 +338,7 @@ def _lpips_model(net: LpipsNet) -> lpips.LPIPS | str:
         with _quiet_download():
             return lpips.LPIPS(net=net, verbose=False).requires_grad_(False)
     except (OSError, RuntimeError, EOFError) as error:
-        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-        return f"the LPIPS weights ({net}) cannot be had: {reason}; they are sought in TORCH_HOME"
+        return f"the LPIPS weights ({net}) cannot be had: {first_line(error)}; they are sought in TORCH_HOME"
 
 
 @contextlib.contextmanager

@@ -96,6 +96,10 @@ class Verification(Value):
       consistent: the residual is at its floor, but the Jacobian is rank deficient or
         was not computed: other inputs may share this update.
       not-matched: the residual is above its floor.
+
+    `cramer_rao` is the least error (RMS per pixel, units of [0, 1]) that an unbiased attack on the
+    equations counted here makes when the update carries Gaussian noise as large as the floor's; where
+    `distance` bounds the worst case, this is the typical one.
     """
 
     status: Literal["verified", "consistent", "not-matched"]
@@ -103,6 +107,7 @@ class Verification(Value):
     residual: float
     floor: float
     distance: float | None = None
+    cramer_rao: float | None = None
     smallest_singular_value: float | None = None
     largest_singular_value: float | None = None
     rank: int | None = None

@@ -60,6 +60,11 @@ class Round:
     def batch_size(self) -> int:
         return self.local_batch_size or self.num_examples
 
+    @property
+    def examples_used(self) -> int:
+        """How many of the examples at least one local step sees."""
+        return min(self.num_examples, self.local_steps * self.batch_size)
+
     def batch(self, step: int) -> list[int]:
         """Indices of the examples that local step `step` uses; the last batch of a pass may be short."""
         batches = -(-self.num_examples // self.batch_size)

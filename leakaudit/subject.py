@@ -16,6 +16,7 @@ from leakaudit.errors import InputError
 from leakaudit.formats.checkpoint import load_checkpoint, parameters_sha256
 from leakaudit.formats.loading import SharedUpdate, check_checkpoint, load_update
 from leakaudit.formats.manifest import Manifest
+from leakaudit.formats.phrases import first_line
 from leakaudit.formats.reading import read_file
 from leakaudit.inspection import Inspection, inspect_update
 from leakaudit.models.victim import Victim
@@ -36,7 +37,8 @@ class Sources:
             to go by the manifest (built-in and torchvision models only).
         checkpoint: the model as the client downloaded it; None for freshly initialised weights
             of seed 0, which must then match the manifest's hash.
-        before: checkpoint before local training, when `update` is the one after it.
+        before: checkpoint before local training, when `update` is the one after it; without a
+            `checkpoint` also the model as downloaded.
         manifest: facts that win over those in the file.
         labels: given to the adversary.
         truth: the private batch, as written by `capture`.
@@ -62,7 +64,7 @@ def pick_device(name: str) -> torch.device:
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+        raise InputError(f"device {name!r} cannot be used: {first_line(error)}") from error
 
 
 def open_victim(sources: Sources, manifest: Manifest) -> Victim:
@@ -73,13 +75,14 @@ def open_victim(sources: Sources, manifest: Manifest) -> Victim:
         victim = _victim_of_module(sources.model, sources.checkpoint, manifest)
     else:
         spec = sources.model or _spec_from_manifest(manifest)
-        if sources.checkpoint is None and manifest.checkpoint_sha256 is None:
+        checkpoint = sources.checkpoint or sources.before
+        if checkpoint is None and manifest.checkpoint_sha256 is None:
             raise InputError(
                 "no checkpoint given, and the update does not say which it belongs to; pass --checkpoint"
             )
         victim = load_victim(
             spec,
-            checkpoint=sources.checkpoint,
+            checkpoint=checkpoint,
             num_classes=manifest.num_classes,
             input_shape=manifest.input_shape,
             normalisation=manifest.normalisation,
@@ -181,7 +184,10 @@ def learn(view: View, inspection: Inspection) -> View:
     if inspection.statistics:
         changes["statistics"] = known(inspection.statistics, "leaked BatchNorm buffers")
     if view.scale_free and inspection.consistency is not None and inspection.consistency.unscaled:
-        changes["scale"] = inferred(True, "the last layer's gradient fits one example at factor 1")
+        proof = "the last layer's gradient fits one example at factor 1"
+        changes["scale"] = inferred(True, proof)
+        if knowledge.local_steps.value is None:
+            changes["local_steps"] = inferred(1, proof)
     return replace(view, knowledge=replace(knowledge, **changes), round=round)
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from leakaudit.attacks.head import storage_precision
 from leakaudit.attacks.jacobian import Spectrum, System
+from leakaudit.formats.phrases import first_line
 from leakaudit.randomness import fork
 from leakaudit.results import Verification
 from leakaudit.threat import View
@@ -101,9 +102,7 @@ def verify(view: View, x: Tensor, y: Tensor, budget: Budget | None = None) -> Ve
     if view.unknowns > budget.unknowns:
         reason = f"{view.unknowns:,} unknowns, more than the limit of {budget.unknowns:,} for a Jacobian"
         return _consistent(found, floor, reason)
-    weights = {name: 1 / rms for name, rms in floor.rms.items()}
-    system = System.of(exact, y, fork(0, "verification"), weights=weights)
-    dear = _too_dear(system, system.point(x), budget)
+    system, dear = _affordable(exact, x, y, floor, budget)
     return _consistent(found, floor, dear) if dear else _bound(found, system, system.point(x), floor)
 
 
@@ -170,6 +169,21 @@ def _rms(tensor: Tensor) -> float:
     return float(tensor.double().square().mean().sqrt())
 
 
+def _affordable(view: View, x: Tensor, y: Tensor, floor: Floor, budget: Budget) -> tuple[System, str]:
+    """The equations to bound the distance with, and why not even those can be, or an empty string.
+
+    Under known noise all of them, where that can be afforded, since each one counts.
+    """
+    weights = {name: 1 / rms for name, rms in floor.rms.items()}
+    noisy = view.knowledge.noise_std.value is not None
+    for limit in (view.observed.numel(), None) if noisy else (None,):
+        system = System.of(view, y, fork(0, "verification"), limit, weights)
+        dear = _too_dear(system, system.point(x), budget)
+        if not dear:
+            break
+    return system, dear
+
+
 def _too_dear(system: System, point: Tensor, budget: Budget) -> str:
     """Why the Jacobian is not formed, or an empty string."""
     if system.bytes > budget.gigabytes * 1e9:
@@ -179,7 +193,7 @@ def _too_dear(system: System, point: Tensor, budget: Budget) -> str:
     try:
         seconds = _seconds(system, point)
     except RuntimeError as error:
-        return f"the Jacobian cannot be computed: {str(error).splitlines()[0]}"
+        return f"the Jacobian cannot be computed: {first_line(error)}"
     if seconds > budget.seconds:
         return f"the Jacobian takes about {seconds:.0f} s, more than the limit of {budget.seconds:g} s"
     return ""
@@ -196,11 +210,11 @@ def _seconds(system: System, point: Tensor) -> float:
 
 
 def _bound(found: Verification, system: System, point: Tensor, floor: Floor) -> Verification:
-    """Singular values at `point` and the distance they allow."""
+    """Singular values at `point`, the Cramer-Rao figure and the distance they allow."""
     std = system.pixel_scale
     columns = system.jacobian(point) / std
     spectrum = Spectrum.of(columns)
-    error = math.sqrt(system.view.observed.numel()) / (system.length if system.view.scale_free else 1)
+    error = math.sqrt(system.view.observed.numel()) / system.unit
     length = (
         (float(system.residual(point).norm()) + error) / spectrum.smallest if spectrum.smallest else math.inf
     )
@@ -212,6 +226,7 @@ def _bound(found: Verification, system: System, point: Tensor, floor: Floor) -> 
             "rank": spectrum.rank,
             "equations": spectrum.equations,
             "distance": distance if spectrum.full_rank else None,
+            "cramer_rao": system.cramer_rao(spectrum) if spectrum.full_rank else None,
         }
     )
     if spectrum.weakest is None:

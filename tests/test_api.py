@@ -67,7 +67,8 @@ def test_save_in_a_training_loop_then_attack(tmp_path: Path) -> None:
     assert {row.name: row.status for row in result.knowledge}["normalisation"] == "unknown"
 
 
-def test_a_pair_of_checkpoints(tmp_path: Path) -> None:
+def two_local_steps(folder: Path) -> nn.Module:
+    """The model before, and before.pt and after.pt in the folder."""
     model = build("mlp").eval()
     before = copy.deepcopy(model)
     optimiser = torch.optim.SGD(model.parameters(), lr=0.5)
@@ -76,8 +77,13 @@ def test_a_pair_of_checkpoints(tmp_path: Path) -> None:
         optimiser.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
         optimiser.step()
-    torch.save(before.state_dict(), tmp_path / "before.pt")
-    torch.save(model.state_dict(), tmp_path / "after.pt")
+    torch.save(before.state_dict(), folder / "before.pt")
+    torch.save(model.state_dict(), folder / "after.pt")
+    return before
+
+
+def test_a_pair_of_checkpoints(tmp_path: Path) -> None:
+    before = two_local_steps(tmp_path)
     stated = STATED.model_copy(update={"learning_rate": 0.5, "local_steps": 2})
     stated = Manifest.model_validate(stated.model_dump(exclude_none=True))
     result = leakaudit.attack(
@@ -87,6 +93,21 @@ def test_a_pair_of_checkpoints(tmp_path: Path) -> None:
     assert result.best_trial.residual is not None
     assert result.best_trial.residual < 1e-3
     assert result.round.local_steps == 2
+
+
+def test_unknown_steps_are_tried_within_the_budget(tmp_path: Path) -> None:
+    before = two_local_steps(tmp_path)
+    stated = Manifest.model_validate({**STATED.model_dump(exclude_none=True), "learning_rate": 0.5})
+    result = leakaudit.attack(
+        tmp_path / "after.pt", before, before=tmp_path / "before.pt", manifest=stated,
+        attacks=["inverting-gradients"], budget=0.2, controls=False,
+    )  # fmt: skip
+    finding = next(finding for finding in result.findings if finding.name == "hypotheses")
+    assert finding.severity == "warning"
+    assert "The budget did not allow to compare all" in finding.text
+    assert finding.text in " ".join(result.verdict.reasons)
+    assert sum(trial.seconds for trial in result.trials) < 0.6
+    assert len(result.trials) == 1
 
 
 def test_a_module_needs_its_shapes(tmp_path: Path) -> None:
@@ -113,6 +134,37 @@ def test_audit_captures_and_attacks(tmp_path: Path) -> None:
     assert {"shared.safetensors", "truth.safetensors", "model.safetensors", "result.json", "report.html"} <= {
         path.name for path in (tmp_path / "out").iterdir()
     }
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_an_audit_writes_nothing_into_the_folder_of_another(tmp_path: Path) -> None:
+    (tmp_path / "models.py").write_text(FACTORIES)
+    out = tmp_path / "out"
+
+    def audit(seed: int, force: bool = False, attack: str = "linear") -> leakaudit.AuditResult:
+        return leakaudit.audit(
+            f"{tmp_path}/models.py:mlp", photo_folder(), input_shape=SHAPE, num_classes=CLASSES,
+            attacks=[attack], seed=seed, out=out, force=force,
+        )  # fmt: skip
+
+    with pytest.raises(leakaudit.InputError, match="unknown attack"):
+        audit(0, attack="liner")
+    assert not out.exists()
+    first = audit(0)
+    before = contents(out)
+    with pytest.raises(leakaudit.InputError, match="holds the run of another update"):
+        audit(1)
+    assert contents(out) == before
+    assert timeless(audit(0)) == timeless(first)
+    assert audit(1, force=True).files != first.files
+    (out / "result.json").unlink()
+    before = contents(out)
+    with pytest.raises(leakaudit.InputError, match=r"shared\.safetensors holds something else"):
+        audit(0)
+    assert contents(out) == before
 
 
 def test_capture_update_says_what_it_did(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,16 @@ def test_two_epochs_of_batches_are_as_many_steps() -> None:
     assert steps_of_epochs(3, 10) == 3
     with pytest.raises(InputError, match="epochs=0"):
         steps_of_epochs(0, 10)
+
+
+@pytest.mark.parametrize(("steps", "size", "used"), [(1, 1, 1), (1, 3, 3), (3, 1, 3)])
+def test_every_example_leaves_a_trace_or_is_refused(steps: int, size: int, used: int) -> None:
+    with pytest.raises(InputError, match=f"would use only {used} of the 4 examples") as refused:
+        capture(victim("eval"), batch(), Round(4, steps, size))
+    needed = int(re.findall(r"at least (\d) local steps", str(refused.value))[0])
+    assert capture(victim("eval"), batch(), Round(4, needed, size)).manifest.num_examples == 4
+    with pytest.raises(InputError):
+        capture(victim("eval"), batch(), Round(4, needed - 1, size))
 
 
 def test_buffers_only_on_request_and_unmoved_in_eval_mode(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
 import shutil
 import stat
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +18,13 @@ import typer
 from safetensors.torch import load, save_file
 from tiny_audits import FACTORIES, Ran, Runner, runner, words
 
-from leakaudit import __version__
+from leakaudit import __version__, cli
 from leakaudit.cli import app
 from leakaudit.data import photo_folder
+from leakaudit.errors import InputError
 from leakaudit.formats.reading import read_file
 from leakaudit.report.folder import read_run
+from leakaudit.subject import pick_device
 
 SHAPED = ("--input-shape", "3,8,8", "--num-classes", "5")
 GENTLE = ("--attack", "inverting-gradients:iterations=150", "--metric", "psnr")
@@ -83,6 +87,17 @@ def test_help_documents_every_option(name: str, run: Runner) -> None:
         if parameter.name != "help":
             assert max(parameter.opts, key=len).lstrip("-").upper() in text.upper()
             assert words(parameter.help)[:30] in text
+
+
+def test_every_help_text_is_written_once() -> None:
+    calls = [
+        node for node in ast.walk(ast.parse(Path(cli.__file__).read_text())) if isinstance(node, ast.Call)
+    ]
+    texts = [
+        ast.unparse(keyword.value) for call in calls for keyword in call.keywords if keyword.arg == "help"
+    ]
+    assert len(texts) > 30
+    assert [text for text, count in Counter(texts).items() if count > 1] == []
 
 
 def test_root_help_names_the_exit_codes(run: Runner) -> None:
@@ -381,6 +396,7 @@ def test_bad_checkpoints(run: Runner, tmp_path: Path) -> None:
         (("--batch-size", "0"), "num_examples"),
         (("--examples", "0"), "num_examples must be at least 1, got 0"),
         (("--examples", "900"), "holds 4 images"),
+        (("--examples", "4"), "1 local step of 1 example would use only 1 of the 4 examples"),
         (("--local-steps", "3"), "3 local steps need a learning rate"),
         (("--local-steps", "3", "--epochs", "2"), "accepted is one of them"),
         (("--mode", "trian"), "did you mean 'train'"),
@@ -448,6 +464,15 @@ def test_bad_attacks_write_nothing(options: tuple[str, ...], part: str, run: Run
     refuses(attack(run, "mlp", *options), part)
     assert files(tmp_path) == before
     assert not (tmp_path / "out").exists()
+
+
+def test_a_device_that_fails_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    def silent(*_: object, **__: object) -> torch.Tensor:
+        raise AssertionError
+
+    monkeypatch.setattr(torch, "zeros", silent)
+    with pytest.raises(InputError, match="device 'cuda' cannot be used: AssertionError"):
+        pick_device("cuda")
 
 
 def test_bad_reports(run: Runner, tmp_path: Path) -> None:

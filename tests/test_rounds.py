@@ -66,6 +66,12 @@ def test_partial_last_batches_follow_the_order_given() -> None:
     assert Round(3).batch(7) == [0, 1, 2]
 
 
+@given(count=st.integers(1, 9), steps=st.integers(1, 9), size=st.integers(1, 9))
+def test_examples_used_are_those_of_the_batches(count: int, steps: int, size: int) -> None:
+    round = Round(count, steps, min(size, count))
+    assert round.examples_used == len({row for step in range(steps) for row in round.batch(step)})
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

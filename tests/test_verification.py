@@ -91,6 +91,25 @@ def test_whatever_is_verified_lies_within_the_bound(seed: int) -> None:
     assert held > 0
 
 
+@pytest.mark.parametrize("scale", [True, False])
+def test_cramer_rao_is_that_of_the_whole_jacobian(scale: bool) -> None:
+    """Against the Fisher information of all numbers; compression loses a little."""
+    view, x, y = capture(full_rank())
+    exact = view.to(dtype=torch.float64)
+    rows = torch.func.jacrev(lambda u: exact.simulate(u, y).flat())(x.double()).reshape(-1, 36) / STD
+    errors = expected_error(view, x, y).rms
+    each = torch.cat([torch.full((g.numel(),), errors[name]) for name, g in view.observed.items()])
+    fisher = (rows / each[:, None]).T @ (rows / each[:, None])
+    least = float((torch.linalg.inv(fisher).trace() / 36).sqrt())
+    knowledge = Knowledge(scale=known(scale, "test"))
+    found = verify(replace(view, observed=view.observed * (1 if scale else 7.0), knowledge=knowledge), x, y)
+    assert found.cramer_rao is not None
+    assert found.distance is not None
+    assert found.cramer_rao < found.distance
+    assert least <= found.cramer_rao * 1.0001
+    assert found.cramer_rao < 3 * least
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_bound_covers_the_weakest_direction(seed: int) -> None:
     """The truth shifted along the worst direction, half as far as the floor lets it."""

@@ -47,6 +47,13 @@ class Reconstruction:
     details: dict[str, Any] = field(default_factory=dict)
 
 
+def require_positive(options: object, *names: str) -> None:
+    """`ValueError` for the first of the named fields that is not above zero."""
+    for name in names:
+        if not getattr(options, name) > 0:
+            raise ValueError(f"{name} must be positive, got {getattr(options, name)}")
+
+
 class Attack(Protocol):
     """One family a file; a preset is an instance with its citation above it."""
 

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from leakaudit.attacks.base import Monitor, Reconstruction
+from leakaudit.attacks.base import Monitor, Reconstruction, require_positive
 from leakaudit.attacks.labels import infer_labels
 from leakaudit.attacks.matching import cosine, smooth_total_variation
 from leakaudit.attacks.optimise import Candidate, Matching, Objective, adam, lbfgs
@@ -28,13 +28,6 @@ def needs_scale(view: View) -> str | None:
     if view.scale_free:
         return "the update has no known scale (its learning rate is unknown); this attack compares lengths"
     return None
-
-
-def require_positive(options: object, *names: str) -> None:
-    """`ValueError` for the first of the named fields that is not above zero."""
-    for name in names:
-        if not getattr(options, name) > 0:
-            raise ValueError(f"{name} must be positive, got {getattr(options, name)}")
 
 
 @dataclass(frozen=True)

@@ -307,6 +307,17 @@ class System:
         return (self.unknowns * len(self.target) + 3 * small**2) * self.target.element_size()
 
     @property
+    def unit(self) -> float:
+        """The length of the vectors in which p and t are measured: 1 unless the view is scale-free."""
+        return self.length if self.view.scale_free else 1.0
+
+    def cramer_rao(self, spectrum: Spectrum) -> float:
+        """Least root mean square error per unknown of an unbiased attack on these equations when every
+        weighted number carries Gaussian noise of unit size (Kay 1993, section 3.8); infinite below full
+        rank.  `spectrum` is that of `jacobian`."""
+        return math.sqrt(spectrum.inverse_squares / spectrum.unknowns) / self.unit
+
+    @property
     def pixel_scale(self) -> Tensor:
         """Pixels of [0, 1] per model-input unit, for every pixel of the batch, (N * C*H*W,); ones
         without a normalisation."""

@@ -51,6 +51,11 @@ class Candidate:
     def variables(self) -> list[Tensor]:
         return [self.x] if self.logits is None else [self.x, self.logits]
 
+    def differentiate(self, loss: Tensor) -> None:
+        """Put the gradient of `loss` where an optimizer finds it, and nowhere else."""
+        for variable, gradient in zip(self.variables, torch.autograd.grad(loss, self.variables), strict=True):
+            variable.grad = gradient.contiguous()  # L-BFGS flattens it with view
+
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 
@@ -108,9 +113,7 @@ def lbfgs(
 
     def closure() -> Tensor:
         loss = objective(candidate.x, candidate.y)
-        gradients = torch.autograd.grad(loss, candidate.variables)
-        for variable, gradient in zip(candidate.variables, gradients, strict=True):
-            variable.grad = gradient.contiguous()
+        candidate.differentiate(loss)
         return loss.detach()
 
     monitor.start(iterations, patience=patience, target=target)
@@ -156,9 +159,7 @@ def adam(
         loss = objective(candidate.x, candidate.y)
         if monitor.step(float(loss.detach()), candidate.x, candidate.y) or step == iterations:
             return
-        gradients = torch.autograd.grad(loss, candidate.variables)
-        for variable, gradient in zip(candidate.variables, gradients, strict=True):
-            variable.grad = gradient
+        candidate.differentiate(loss)
         if signed:
             assert candidate.x.grad is not None
             candidate.x.grad = candidate.x.grad.sign()

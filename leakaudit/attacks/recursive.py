@@ -144,7 +144,7 @@ class Recursive:
         weights = torch.logspace(math.log10(self.first), math.log10(self.last), self.stages).tolist()
         top, every = layers.names_at_top(solved), layers.names(solved)
         passes = [(top, weights), (every, weights[len(weights) // 2 :])]
-        found = []
+        found: list[Tensor] = []
         for names, path in passes if 0 < len(top) < len(every) else [(every, weights)]:
             for weight in path:
                 x = self._stage(layers.misfit(solved, names), weight, x, labels, monitor, space)
@@ -320,7 +320,8 @@ class Layers:
         value, error = (numbers.reshape(count, *shape) for numbers in solution)
         if not _rms(error) < WIDEST * _rms(value):
             return None
-        (gradient,) = torch.autograd.functional.vjp(lambda a: self._run(run, {}, a), value, cut.gradient)[1:]
+        _, pull = torch.func.vjp(lambda a: self._run(run, {}, a), value)
+        (gradient,) = pull(cut.gradient)
         return Cut.around(value, SAFETY * error, gradient)
 
     def _forward(self, run: list[Link], basis: Tensor, cut: Cut, known: Tensor) -> list[Equations]:

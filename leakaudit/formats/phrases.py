@@ -1,4 +1,4 @@
-"""Short phrases for messages about files that may hold anything."""
+"""Short phrases for messages about files and errors that may hold anything."""
 
 from __future__ import annotations
 

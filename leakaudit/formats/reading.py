@@ -229,7 +229,7 @@ def _unwrap(found: object, path: Path, depth: int = 0) -> _Content:
             content = _unwrap(found[inside[0]], path, depth + 1)
             left = [str(key) for key in found if key != inside[0]]
             note = f"Read from {inside[0]!r} in the file" + (
-                f"; {listing(left)} beside it were left out." if left else "."
+                f"; left out beside it: {listing(left)}." if left else "."
             )
             return _Content(content.value, content.key or inside[0], (note, *content.notes))
     return _Content(found)

@@ -6,7 +6,7 @@ by unique shape.  Where two readings fit, nothing is guessed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -105,6 +105,14 @@ class _Layout:
             },
         )
 
+    def orders_where(self, fits: Callable[[tuple[str, ...]], bool]) -> dict[tuple[str, ...], list[str]]:
+        """Names in an order that fits -> the descriptions of that order."""
+        found: dict[tuple[str, ...], list[str]] = {}
+        for reading, names in self.orders.items():
+            if fits(names):
+                found.setdefault(names, []).append(reading)
+        return found
+
 
 def _aliases(module: nn.Module) -> dict[str, str]:
     first: dict[int, str] = {}
@@ -161,10 +169,9 @@ def _by_name(
 def _by_position(raw: RawFile, entries: Entries, layout: _Layout) -> tuple[dict[str, str], list[str]] | None:
     """None when no order of the model has these shapes."""
     labels = list(entries)
-    fits: dict[tuple[str, ...], list[str]] = {}
-    for reading, names in layout.orders.items():
-        if len(names) == len(labels) and _shapes_fit(entries, names, layout):
-            fits.setdefault(names, []).append(reading)
+    fits = layout.orders_where(
+        lambda names: len(names) == len(labels) and _shapes_fit(entries, names, layout)
+    )
     if not fits:
         return None
     names, reading = _only(fits, raw, layout)
@@ -199,10 +206,9 @@ def _split_vector(raw: RawFile, layout: _Layout) -> tuple[Entries, dict[str, str
     [vector, *others] = raw.entries.values()
     if others or vector is None or vector.dim() != 1 or vector.shape in layout.shapes.values():
         return None
-    fits: dict[tuple[str, ...], list[str]] = {}
-    for reading, names in layout.orders.items():
-        if sum(layout.shapes[name].numel() for name in names) == vector.numel():
-            fits.setdefault(names, []).append(reading)
+    fits = layout.orders_where(
+        lambda names: sum(layout.shapes[name].numel() for name in names) == vector.numel()
+    )
     if not fits:
         return None
     names, reading = _only(fits, raw, layout)

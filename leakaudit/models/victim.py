@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from leakaudit.errors import InputError
+from leakaudit.formats.phrases import first_line
 from leakaudit.models.spaces import Pixels
 
 Mode = Literal["train", "eval"]
@@ -226,9 +227,9 @@ class Victim:
             with torch.no_grad():
                 shape = tuple(self.logits(self.params, self.probe()).shape)
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(
-                f"model {self.name} cannot take inputs of shape {self.space.shape}: {reason}"
+                f"model {self.name} cannot take inputs of shape {self.space.shape}: {first_line(error)};"
+                " state theirs by --input-shape"
             ) from error
         if shape != (2, self.num_classes):
             raise InputError(

@@ -30,6 +30,7 @@ from leakaudit import spec as specs
 from leakaudit.errors import InputError
 from leakaudit.formats.checkpoint import load_checkpoint, read_state_dict
 from leakaudit.formats.manifest import Normalisation
+from leakaudit.formats.phrases import first_line
 from leakaudit.models import vision
 from leakaudit.models.spaces import Pixels
 from leakaudit.models.victim import Mode, Victim
@@ -280,7 +281,7 @@ class _Torchvision:
         try:
             return torchvision.models.get_model(self.name, weights=weights, progress=False, **arguments)
         except (ValueError, TypeError, OSError, RuntimeError, AssertionError) as error:
-            raise InputError(f"torchvision:{self.name} cannot be built: {_reason(error)}") from error
+            raise InputError(f"torchvision:{self.name} cannot be built: {first_line(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -299,7 +300,9 @@ class _Factory:
             with _importing_from(self.folder):
                 module = self.function(**arguments)
         except Exception as error:  # the user's own code may raise anything
-            raise InputError(f"model {self.text} failed: {type(error).__name__}: {_reason(error)}") from error
+            raise InputError(
+                f"model {self.text} failed: {type(error).__name__}: {first_line(error)}"
+            ) from error
         if not isinstance(module, nn.Module):
             raise InputError(
                 f"model {self.text} returned a {type(module).__name__}, expected a torch.nn.Module"
@@ -541,7 +544,9 @@ def _count_outputs(module: nn.Module, shape: Shape, spec: str) -> int:
         with torch.no_grad():
             output = module.eval()(torch.zeros(2, *shape))
     except Exception as error:  # the user's own code may raise anything
-        raise InputError(f"model {spec} cannot take inputs of shape {shape}: {_reason(error)}") from error
+        raise InputError(
+            f"model {spec} cannot take inputs of shape {shape}: {first_line(error)}; state theirs by --input-shape"
+        ) from error
     if not isinstance(output, Tensor) or output.dim() != 2:
         raise InputError(f"model {spec} does not return class scores of shape (batch, classes)")
     return output.shape[1]
@@ -617,8 +622,4 @@ def _importing_from(folder: Path | None) -> Iterator[None]:
 
 
 def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {_reason(error)}"
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0] or type(error).__name__
+    return f"{type(error).__name__}: {first_line(error)}"

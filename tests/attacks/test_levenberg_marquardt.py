@@ -28,6 +28,7 @@ from leakaudit.models.vision import Activation, LeNet, initialise_uniform
 from leakaudit.randomness import fork
 from leakaudit.rounds import Round, client_update
 from leakaudit.threat import Knowledge, View, known
+from leakaudit.verification import verify
 
 SHAPE = (3, 8, 8)
 CLASSES = 10
@@ -66,13 +67,31 @@ def error(found: Tensor, truth: Tensor) -> float:
 )
 def test_one_example_to_rounding_precision_with_the_label_inferred(activation: Activation, seed: int) -> None:
     view, x, y = capture(Round(1), seed, activation)
-    found = ATTACK.run(view, fork(seed, "attack"), Monitor())
+    found = replace(ATTACK, spectrum=True).run(view, fork(seed, "attack"), Monitor())
     assert error(found.x, x) < 1e-8
     assert torch.equal(found.y, y)
     assert found.stopped == "converged"
     assert found.details["rank"] == found.details["unknowns"] == 192
     assert found.details["labels"] == "sign of the bias gradient"
     assert 0 < found.details["cramer_rao_rms"] < 10
+
+
+@pytest.mark.parametrize("scale", [True, False])
+def test_verification_says_what_the_own_spectrum_does(scale: bool) -> None:
+    """Known noise gives both the same equations and weights; rank and Cramer-Rao must agree."""
+    clean, _, y = capture(Round(1), seed=1)
+    std = 0.001
+    noisy = clean.observed.map(lambda g: g + std * torch.randn(g.shape, generator=fork(1, "dp")))
+    facts = Knowledge(noise_std=known(std, "test"), scale=known(scale, "test"), **told(y))
+    view = replace(clean, observed=noisy, knowledge=facts)
+    attack = replace(ATTACK, smoothness=0.0)
+    brief, full = (replace(attack, spectrum=on).run(view, fork(0, "a"), Monitor()) for on in (False, True))
+    assert full.details.items() > brief.details.items()
+    assert "rank" not in brief.details
+    check = verify(view, full.x, full.y)
+    assert check.rank == full.details["rank"] == 192
+    assert check.cramer_rao == pytest.approx(full.details["cramer_rao_rms"], rel=0.05)
+    assert check.smallest_singular_value == pytest.approx(full.details["smallest_singular_value"], rel=0.05)
 
 
 def test_float64_update_to_machine_precision() -> None:
@@ -122,7 +141,7 @@ def test_known_noise_makes_it_maximum_a_posteriori() -> None:
     noisy = clean.observed.map(lambda g: g + std * torch.randn(g.shape, generator=fork(1, "dp")))
     view = replace(clean, observed=noisy, knowledge=Knowledge(noise_std=known(std, "test"), **told(y)))
     with_prior = ATTACK.run(view, fork(0, "attack"), Monitor())
-    without = replace(ATTACK, smoothness=0.0).run(view, fork(0, "attack"), Monitor())
+    without = replace(ATTACK, smoothness=0.0, spectrum=True).run(view, fork(0, "attack"), Monitor())
     pixel_error = 0.25 * error(without.x, x) ** 0.5
     assert without.details["cramer_rao_noise"] == "the known noise"
     assert pixel_error == pytest.approx(without.details["cramer_rao_rms"], rel=0.25)
@@ -153,7 +172,8 @@ def test_rank_deficiency_is_filled_with_the_smoothest_solution() -> None:
     observed = client_update(victim, victim.params, Round(4), x, y).detach()
     view = View(victim, Round(4), observed, Knowledge(**told(y)))
     smooth, rough = (
-        replace(ATTACK, smoothness=value).run(view, fork(0, "attack"), Monitor()) for value in (0.1, 0.0)
+        replace(ATTACK, smoothness=value, spectrum=True).run(view, fork(0, "attack"), Monitor())
+        for value in (0.1, 0.0)
     )
     assert smooth.details["rank"] < smooth.details["unknowns"]
     assert (smooth.details["smoothed"], rough.details["smoothed"]) == (True, False)

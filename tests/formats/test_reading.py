@@ -68,7 +68,7 @@ def test_dicts_in_every_nesting(tmp_path: Path, value: object) -> None:
 def test_what_was_left_out_beside_a_nested_dict_is_noted(tmp_path: Path) -> None:
     raw = read_file(saved(tmp_path / "a.pt", {"gradients": NAMED, "epoch": 3, "optimizer": {}}))
     assert raw.nested_under == "gradients"
-    assert raw.notes == ("Read from 'gradients' in the file; epoch, optimizer beside it were left out.",)
+    assert raw.notes == ("Read from 'gradients' in the file; left out beside it: epoch, optimizer.",)
 
 
 @pytest.mark.parametrize(
