@@ -320,8 +320,8 @@ class Layers:
         value, error = (numbers.reshape(count, *shape) for numbers in solution)
         if not _rms(error) < WIDEST * _rms(value):
             return None
-        _, pull = torch.func.vjp(lambda a: self._run(run, {}, a), value)
-        (gradient,) = pull(cut.gradient)
+        leaf = value.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(self._run(run, {}, leaf), leaf, cut.gradient)
         return Cut.around(value, SAFETY * error, gradient)
 
     def _forward(self, run: list[Link], basis: Tensor, cut: Cut, known: Tensor) -> list[Equations]:
