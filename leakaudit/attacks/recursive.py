@@ -33,6 +33,7 @@ from torch.func import vmap
 from leakaudit.attacks.base import Monitor, Reconstruction
 from leakaudit.attacks.chain import Link, links, tensors_of
 from leakaudit.attacks.head import head_consistency, head_gradient, relative_precision
+from leakaudit.attacks.jacobian import Buckets, Piece, whole
 from leakaudit.attacks.labels import infer_labels
 from leakaudit.attacks.matching import variation
 from leakaudit.attacks.optimise import Candidate, lbfgs
@@ -44,7 +45,8 @@ WIDEST = 1e-2
 """An interval this narrow, relative to the numbers' size, is an equation."""
 SAFETY = 4.0
 """Standard deviations assumed for each unit of rounding."""
-CHUNK = 256
+CHUNK_NUMBERS = 2**24
+"""Numbers of gradients to hold at once."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ class Recursive:
         view = view.to(dtype=torch.float64)
         chain = links(view.victim)
         cut, labels, factor = features(view, generator)
-        layers = Layers(view, chain, factor, self.unknowns)
+        layers = Layers(view, chain, factor, self.unknowns, generator)
         solved = layers.descend(cut)
         details: dict[str, Any] = {
             "links": len(chain),
@@ -198,10 +200,14 @@ def features(view: View, generator: torch.Generator) -> tuple[Cut, Tensor, float
     if view.victim.loss_function is not cross_entropy_sum:
         logit_gradient = logit_gradient / count
     explained = factor * logit_gradient.T @ found
-    misfit = float((explained - head.weight_gradient).norm() / head.weight_gradient.norm())
-    error = max(SAFETY * head.epsilon, misfit) * float(found.square().mean().sqrt())
+    misfit = _rms(explained - head.weight_gradient)
+    error = SAFETY * max(head.epsilon * _rms(head.weight_gradient), misfit) / abs(factor)
+    arithmetic = 4 * SAFETY * head.epsilon * _rms(found)  # of a client that computes in the file's precision
+    # dW = g^T h, so an error of dW reaches h through the pseudo-inverse of g^T
+    spread = torch.linalg.inv(logit_gradient @ logit_gradient.T).diagonal().clamp(min=0).sqrt()
     device = view.victim.device
-    cut = Cut.around(found.to(device), error, (logit_gradient @ head.weight).to(device))
+    bounds = (error * spread).clamp(min=arithmetic)[:, None].to(device)
+    cut = Cut.around(found.to(device), bounds, (logit_gradient @ head.weight).to(device))
     return cut, labels.to(device), factor
 
 
@@ -220,10 +226,13 @@ class Layers:
     Args:
         factor: the update over the gradient of the loss.
         limit: largest number of unknowns to solve for at once.
+        generator: of the buckets in which gradients are added up.
     """
 
-    def __init__(self, view: View, chain: list[Link], factor: float, limit: int) -> None:
-        self.view, self._chain, self._limit = view, chain, limit
+    def __init__(
+        self, view: View, chain: list[Link], factor: float, limit: int, generator: torch.Generator
+    ) -> None:
+        self.view, self._chain, self._limit, self._generator = view, chain, limit, generator
         self._tensors = tensors_of(view.victim)
         self._observed = {name: tensor / factor for name, tensor in view.observed.items()}
 
@@ -231,21 +240,27 @@ class Layers:
         """Solve affine layers and invert activations for as long as the equations determine the values."""
         left, errors = len(self._chain), list[float]()
         while left > 0:
-            last = self._chain[left - 1]
-            if last.kind == "elementwise":
-                lower = self._invert(last, cut)
-                below = left - 1
-            elif last.kind == "affine":
-                below = self._run_below(left)
-                lower = self._solve(self._chain[below:left], cut)
-                if lower is not None:
-                    errors.append(float(f"{_rms(lower.high - lower.low) / 2:.2g}"))
-            else:
-                break
+            lower = self.step(left, cut)
             if lower is None:
                 break
-            left, cut = below, lower
+            if self._chain[left - 1].kind == "affine":
+                errors.append(float(f"{_rms(lower.high - lower.low) / 2:.2g}"))
+            left, cut = self.below(left), lower
         return Descent(left, cut, errors)
+
+    def below(self, left: int) -> int:
+        """Links left once the topmost of `left` is solved; affine ones in a row are solved together."""
+        first = self._run_below(left)
+        return first if first < left else left - 1
+
+    def step(self, left: int, cut: Cut) -> Cut | None:
+        """From the cut above link `left` to the one at `below(left)`; None when that is not determined."""
+        link, run = self._chain[left - 1], self._chain[self._run_below(left) : left]
+        if run:
+            return self._solve(run, cut)
+        if link.kind == "elementwise":
+            return invert(lambda z: link(self._tensors, z), cut)
+        return None
 
     def names(self, solved: Descent) -> list[str]:
         """The shared parameters below the cut."""
@@ -294,14 +309,6 @@ class Layers:
             left -= 1
         return left
 
-    def _invert(self, link: Link, cut: Cut) -> Cut | None:
-        """The cut before an activation; None when it does not rise everywhere, so has no inverse."""
-
-        def function(z: Tensor) -> Tensor:
-            return link(self._tensors, z)
-
-        return invert(function, cut)
-
     def _solve(self, run: list[Link], cut: Cut) -> Cut | None:
         """The input of an affine run by least squares; None when that does not determine it to 1 %."""
         shape, count = run[0].incoming, len(cut.low)
@@ -338,20 +345,17 @@ class Layers:
         return found
 
     def _backward(self, run: list[Link], names: list[str], basis: Tensor, cut: Cut) -> list[Equations]:
-        """The weight gradients, which are affine in the input: one system for the whole batch."""
+        """The weight gradients, which are affine in the input: one system for the whole batch.
+
+        Far more of them than unknowns are added up in signed random buckets.
+        """
         if not names:
             return []
-        precision = {name: SAFETY * relative_precision(self.view, self.view.observed[name]) for name in names}
-        weights = torch.cat(
-            [
-                torch.full(
-                    (self._observed[name].numel(),),
-                    1 / max(precision[name] * _rms(self._observed[name]), 1e-300),
-                )
-                for name in names
-            ]
-        ).to(basis)
-        target = torch.cat([self._observed[name].flatten() for name in names])
+        pieces = self._pieces(names, 4 * len(basis) * len(cut.low))
+        targets = {name: pieces[name](self._observed[name]) for name in names}
+        target = torch.cat(list(targets.values()))
+        weights = torch.cat([torch.full_like(t, 1 / self._error(name)) for name, t in targets.items()])
+        numbers = sum(self._observed[name].numel() for name in names)
         blocks = []
         for delta in cut.gradient:
 
@@ -360,12 +364,32 @@ class Layers:
                     return (self._run(run, leaves, a[None])[0] * delta).sum()
 
                 found = torch.func.grad(paired)({name: self._tensors[name] for name in names})
-                return torch.cat([found[name].flatten() for name in names])
+                return torch.cat([pieces[name](found[name]) for name in names])
 
             constant = gradients(0 * basis[0])
             target = target - constant
-            blocks.append((vmap(gradients, chunk_size=CHUNK)(basis) - constant).T * weights[:, None])
+            columns = vmap(gradients, chunk_size=max(1, CHUNK_NUMBERS // numbers))(basis) - constant
+            blocks.append(columns.T * weights[:, None])
         return [Equations(torch.cat(blocks, 1), target * weights, slice(None))]
+
+    def _error(self, name: str) -> float:
+        """Standard error of a number of this gradient: rounding, and the noise that is known."""
+        observed = self.view.observed[name]
+        rounding = SAFETY * relative_precision(self.view, observed) * _rms(observed)
+        return max(math.hypot(rounding, self.view.knowledge.noise_std.value or 0.0), 1e-300)
+
+    def _pieces(self, names: list[str], limit: int) -> dict[str, Piece]:
+        """How each gradient becomes equations, about `limit` of them in all."""
+        numbers = sum(self._observed[name].numel() for name in names)
+        if numbers <= limit:
+            return dict.fromkeys(names, whole)
+        counts = {name: max(64, limit * self._observed[name].numel() // numbers) for name in names}
+        return {
+            name: Buckets.of(
+                self._observed[name], min(counts[name], self._observed[name].numel()), self._generator
+            )
+            for name in names
+        }
 
 
 @dataclass(frozen=True)
