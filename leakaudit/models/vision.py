@@ -129,7 +129,8 @@ class CifarResNet(nn.Module):
 
     Names as in github akamaster/pytorch_resnet_cifar10, whose checkpoints load unchanged;
     initialised as there (He et al. 2015, fan in).  With `strides=False` all strides are 1,
-    as in DLG's ResNet experiments.
+    as in DLG's ResNet experiments.  `width=64`, four times that of the original, is the ResNet20-4
+    of "Inverting Gradients" (Geiping et al. 2020), but for the projections in its shortcuts.
     """
 
     def __init__(
@@ -139,17 +140,19 @@ class CifarResNet(nn.Module):
         activation: Activation = "relu",
         strides: bool = True,
         blocks: int = 3,
+        width: int = 16,
     ) -> None:
         super().__init__()
         stride = 2 if strides else 1
-        self.conv1 = nn.Conv2d(input_shape[0], 16, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
+        narrow, middle, wide = width, 2 * width, 4 * width
+        self.conv1 = nn.Conv2d(input_shape[0], narrow, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(narrow)
         self.act1 = ACTIVATIONS[activation]()
-        self.layer1 = _stage(16, 16, 1, blocks, activation)
-        self.layer2 = _stage(16, 32, stride, blocks, activation)
-        self.layer3 = _stage(32, 64, stride, blocks, activation)
+        self.layer1 = _stage(narrow, narrow, 1, blocks, activation)
+        self.layer2 = _stage(narrow, middle, stride, blocks, activation)
+        self.layer3 = _stage(middle, wide, stride, blocks, activation)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.linear = nn.Linear(64, num_classes)
+        self.linear = nn.Linear(wide, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight)

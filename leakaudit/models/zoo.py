@@ -106,6 +106,17 @@ class ResNetOptions(Options):
 
 
 @dataclass(frozen=True)
+class CifarResNetOptions(ResNetOptions):
+    """`width`: channels of the first layer; 64 for the ResNet20-4 of Geiping et al. 2020."""
+
+    width: int = 16
+
+    def __post_init__(self) -> None:
+        if self.width < 1:
+            raise ValueError(f"width must be at least 1, got {self.width}")
+
+
+@dataclass(frozen=True)
 class TorchvisionOptions:
     """Attributes:
     weights: torchvision's name for pretrained weights, such as IMAGENET1K_V1.
@@ -142,9 +153,9 @@ def _resnet18(options: ResNetOptions, num_classes: int, shape: Shape) -> nn.Modu
 
 
 def _cifar_resnet(depth: int) -> Entry:
-    def build(options: ResNetOptions, num_classes: int, shape: Shape) -> nn.Module:
+    def build(options: CifarResNetOptions, num_classes: int, shape: Shape) -> nn.Module:
         return vision.CifarResNet(
-            num_classes, shape, options.activation, options.strides, blocks=(depth - 2) // 6
+            num_classes, shape, options.activation, options.strides, (depth - 2) // 6, options.width
         )
 
     info = ModelInfo(
@@ -154,7 +165,7 @@ def _cifar_resnet(depth: int) -> Entry:
         description=f"CIFAR ResNet with {depth} layers, option A shortcuts, akamaster's names",
         citation="He et al. 2016, section 4.2",
     )
-    return Entry(info, ResNetOptions(), build)
+    return Entry(info, CifarResNetOptions(), build)
 
 
 MODELS: dict[str, Entry] = {
