@@ -11,7 +11,7 @@ from torch import Tensor
 
 from leakaudit.attacks.base import Monitor, Reconstruction, require_positive
 from leakaudit.attacks.labels import infer_labels
-from leakaudit.attacks.matching import cosine, smooth_total_variation
+from leakaudit.attacks.matching import cosine, variation
 from leakaudit.attacks.optimise import Candidate, Matching, Objective, adam, lbfgs
 from leakaudit.threat import View
 
@@ -144,19 +144,19 @@ TV_WEIGHTS = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 
 @dataclass(frozen=True)
 class TotalVariationPath:
-    """L-BFGS on the layer-wise relative distance plus a total variation that is weakened in stages.
+    """L-BFGS on the layer-wise relative distance plus `variation`, the prior weakened in stages.
 
     For batches that share their update with other inputs: the prior is strong while the picture forms
     and only chooses among the inputs that remain at the end (a continuation method, cf. Hale, Yin,
     Zhang 2008).  Each stage starts where the one before it ended.
 
     Attributes:
-        first, last: weights of the total variation, > 0, in geometric steps.
+        first, last: weights of the prior's mean over pixels, > 0, in geometric steps.
         stages: number of weights.
         iterations: calls of L-BFGS a stage, of 20 inner steps each.
     """
 
-    first: float = 1e-2
+    first: float = 1e-1
     last: float = 1e-6
     stages: int = 5
     iterations: int = 40
@@ -188,8 +188,9 @@ class TotalVariationPath:
 
 
 def _with_prior(view: View, weight: float) -> Objective:
-    distance = Matching(view, "relative")
-    return lambda x, y: distance(x, y) + weight * smooth_total_variation(x)
+    distance, space = Matching(view, "relative"), view.victim.space
+    pixels = view.unknowns / space.shape[0]
+    return lambda x, y: distance(x, y) + weight * variation(space.decode(x)) / pixels
 
 
 # Zhu, Liu, Han 2019, "Deep Leakage from Gradients", algorithm 1.  Deviations: a strong Wolfe line

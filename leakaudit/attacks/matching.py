@@ -50,12 +50,6 @@ def total_variation(x: Tensor) -> Tensor:
     return (x[..., :, 1:] - x[..., :, :-1]).abs().mean() + (x[..., 1:, :] - x[..., :-1, :]).abs().mean()
 
 
-def smooth_total_variation(x: Tensor, width: float = 1e-3) -> Tensor:
-    """As `total_variation` with sqrt(d^2 + width^2) for |d|, for optimisers that need a second derivative."""
-    across, down = x[..., :, 1:] - x[..., :, :-1], x[..., 1:, :] - x[..., :-1, :]
-    return sum(((d.square() + width**2).sqrt().mean() for d in (across, down)), x.new_zeros(()))
-
-
 OPPONENT = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [1.0, -2.0, 1.0]])
 """Brightness and two colour differences; rows to be divided by their lengths."""
 

@@ -31,7 +31,7 @@ DESCRIPTIONS: dict[str, str] = {
     "patch-embedding": "closed form through a vision transformer's position embedding (after Lu et al. 2022)",
     "recursive": "layer by layer in least squares, the rest by a prior (after Zhu and Blaschko 2021, R-GAP)",
     "levenberg-marquardt": "damped Gauss-Newton with the explicit Jacobian; machine precision on smooth networks",
-    "tv-path": "L-BFGS with a total variation weakened in stages; for batches of smooth networks",
+    "tv-path": "L-BFGS with a prior on images weakened in stages; for batches of smooth networks",
     "dlg": "L-BFGS on squared distance with joint soft labels (Zhu et al. 2019)",
     "idlg": "as dlg, labels inferred first (Zhao et al. 2020)",
     "inverting-gradients": "cosine distance, signed Adam, total variation (Geiping et al. 2020)",
