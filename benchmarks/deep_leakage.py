@@ -1,7 +1,8 @@
-"""One 32x32 photo behind the DLG LeNet (100 classes, uniform(-0.5, 0.5)): who reaches MSE < 1e-3, and how fast?
+"""32x32 photos behind the DLG LeNet (100 classes, uniform(-0.5, 0.5)): who reaches MSE < 1e-3, and how fast?
 
     python benchmarks/deep_leakage.py --data cifar10_test_first2000.npz --seeds 20
-    python benchmarks/deep_leakage.py --data cifar10_test_first2000.npz --seeds 20 --batch 4 --attacks idlg
+    python benchmarks/deep_leakage.py --data cifar10_test_first2000.npz --seeds 4 --batch 4 --attacks recursive
+    python benchmarks/deep_leakage.py --data ... --model lenet:activation=relu --attacks recursive
 
 Seed s draws the model, the label and the start; the photo is image s of --data.  `authors` is the
 loop of Zhu et al. 2019 (their main.py: L-BFGS, learning rate 1, 300 iterations, no line search, joint
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -80,6 +82,7 @@ def ours(spec: str) -> Callable[[View, int], Tensor]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--data", required=True)
+    parser.add_argument("--model", default="lenet:init=uniform")
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--attacks", nargs="+", default=["authors", "dlg"])
@@ -90,7 +93,7 @@ def main() -> None:
     plain = Normalisation(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     rows: dict[str, list[tuple[float, float]]] = {name: [] for name in options.attacks}
     for seed in range(options.seeds):
-        victim = load_victim("lenet:init=uniform", num_classes=100, normalisation=plain, seed=seed)
+        victim = load_victim(options.model, num_classes=100, normalisation=plain, seed=seed)
         rank = seed * options.batch
         pixels = batch.pixels[rank : rank + options.batch]
         labels = torch.randint(100, (options.batch,), generator=fork(seed, "labels"))
@@ -101,16 +104,21 @@ def main() -> None:
             found = authors(view, seed) if name == "authors" else ours(name)(view, seed)
             seconds = time.process_time() - began
             order = list(match(found, pixels))
-            worst = float(mse(found[order], pixels).nan_to_num(nan=1e9).max())
+            errors = mse(found[order], pixels).nan_to_num(nan=1e9)
+            worst = float(errors.max())
             rows[name].append((worst, seconds))
-            row = {"attack": name, "seed": seed, "worst_mse": worst, "cpu_seconds": round_to(seconds)}
+            decibels = [round_to(-10 * math.log10(max(float(error), 1e-300))) for error in errors]
+            row = {"attack": name, "seed": seed, "worst_mse": worst, "psnr": decibels}
+            row["cpu_seconds"] = round_to(seconds)
             print(json.dumps(row), flush=True)
     for name, results in rows.items():
         good = [seconds for error, seconds in results if error < 1e-3]
         summary = {
             "attack": name,
+            "model": options.model,
             "batch": options.batch,
             "mse<1e-3": f"{len(good)} of {len(results)}",
+            "mse<1e-8": f"{sum(error < 1e-8 for error, _ in results)} of {len(results)}",
             "median_cpu_seconds_of_all": round_to(statistics.median(seconds for _, seconds in results)),
             "median_cpu_seconds_of_successes": round_to(statistics.median(good)) if good else None,
         }
