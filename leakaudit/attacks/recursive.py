@@ -189,12 +189,18 @@ def features(view: View, generator: torch.Generator) -> tuple[Cut, Tensor, float
     if count == 1:
         single = head_consistency(view)
         if single is None or not single.single_example or not single.belongs:
-            raise RuntimeError("the last layer's gradient is not that of one example and this checkpoint")
+            raise RuntimeError(
+                "the last layer's gradient is not exactly that of one example and this checkpoint: "
+                "several examples, noise, or another model"
+            )
         found, labels, factor = single.features[None], torch.tensor([single.label]), single.factor
     else:
         inference = infer_labels(view, generator)
         if inference.features is None:
-            raise RuntimeError("the last layer's gradient does not tell the examples of the batch apart")
+            raise RuntimeError(
+                "the last layer's gradient does not tell the examples of the batch apart: "
+                "too many, noise, or examples of which the model is certain"
+            )
         found, labels = inference.features, inference.labels
     logit_gradient = head.probabilities(found) - F.one_hot(labels, len(head.weight))
     if view.victim.loss_function is not cross_entropy_sum:

@@ -186,7 +186,7 @@ def test_values_outside_an_activations_range_are_read_as_its_ends() -> None:
 def test_it_refuses_what_is_not_of_this_checkpoint(small_photos: Tensor) -> None:
     view = capture(small_photos[5:6])
     other = replace(view, observed=view.observed.map(lambda tensor: tensor.flip(0)))
-    with pytest.raises(RuntimeError, match="not that of one example and this checkpoint"):
+    with pytest.raises(RuntimeError, match="not exactly that of one example and this checkpoint"):
         ATTACK.run(other, fork(0, "a"), Monitor())
 
 
