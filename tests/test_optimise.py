@@ -232,3 +232,18 @@ def test_a_second_phase_goes_on_counting() -> None:
     assert found.iterations == 4
     assert [i for i, _ in found.history] == [0, 1, 2, 3]
     assert found.loss == 1.0
+
+
+def test_stages_share_one_progress_bar_and_one_film_strip() -> None:
+    seen: list[tuple[int, int]] = []
+    monitor = Monitor(lambda iteration, total, _: seen.append((iteration, total)))
+    monitor.expect(100)
+    x, y = torch.zeros(1), torch.zeros(1)
+    for _ in range(4):
+        monitor.forget_best()
+        monitor.start(25)
+        for step in range(25):
+            monitor.step(1.0 / (step + 1), x, y)
+    assert seen == [(index, 100) for index in range(100)]
+    assert len(monitor.strip) <= 12
+    assert len(monitor.result().strip) <= 13

@@ -97,10 +97,16 @@ class Monitor:
         self._history = history
         self._last_gain = 0
         self._gain_loss = math.inf
+        self._whole: tuple[int, int] | None = None
 
     def rehearsal(self) -> Monitor:
         """A monitor for a try-out: the same deadline and progress, nothing of it kept here."""
         return Monitor(self._on_step, self._deadline)
+
+    def expect(self, total: int) -> None:
+        """Several optimisations follow, of at most `total` iterations together: one progress bar, one film strip."""
+        self._whole = (self.iteration, total)
+        self._frame_steps = self._spaced(total)
 
     def forget_best(self) -> None:
         """Let the next candidate be the best: the loss is about to change its meaning."""
@@ -115,14 +121,15 @@ class Monitor:
         iterations in which the best loss fell by less than the share `min_gain`.
         """
         self._total, self._patience, self._target, self._min_gain = total, patience, target, min_gain
-        steps = {round(total ** (i / max(self._frames - 2, 1))) for i in range(self._frames - 1)}
-        self._frame_steps = {0, total} | {step for step in steps if 0 < step < total}
         self._first = self.iteration
+        if self._whole is None:
+            self._frame_steps = self._spaced(total)
         self._last_gain, self._gain_loss = self.iteration, math.inf
 
     def step(self, loss: float, x: Tensor, y: Tensor) -> bool:
         """Record the candidate *at which* `loss` was measured; True when the attempt should stop."""
-        local = self.iteration - self._first
+        first, total = self._whole or (self._first, self._total)
+        local = min(self.iteration - first, total)
         if not math.isfinite(loss):
             self.stopped = "diverged"
             return True
@@ -132,10 +139,10 @@ class Monitor:
             self._gain_loss, self._last_gain = loss, self.iteration
         if local in self._frame_steps:
             self.strip.append((self.iteration, loss, x.detach().cpu().clone()))
-        if local % max(1, self._total // self._history) == 0:
+        if local % max(1, total // self._history) == 0:
             self.history.append((self.iteration, loss))
         if self._on_step is not None:
-            self._on_step(local, self._total, loss)
+            self._on_step(local, total, loss)
         self.iteration += 1
         if loss <= self._target:
             self.stopped = "converged"
@@ -146,6 +153,11 @@ class Monitor:
         else:
             return False
         return True
+
+    def _spaced(self, total: int) -> set[int]:
+        """The first and the last of `total` steps, and some between at a constant ratio."""
+        steps = {round(total ** (i / max(self._frames - 2, 1))) for i in range(self._frames - 1)}
+        return {0, total} | {step for step in steps if 0 < step < total}
 
     def result(self, stopped: Stop | None = None, details: dict[str, Any] | None = None) -> Reconstruction:
         """The best candidate seen; `RuntimeError` when every loss was NaN or infinite."""

@@ -175,6 +175,7 @@ class TotalVariationPath:
         labels = assumed_labels(view, generator)
         x = view.victim.space.sample(view.round.num_examples, generator, view.victim.dtype)
         weights = torch.logspace(math.log10(self.first), math.log10(self.last), self.stages).tolist()
+        monitor.expect(self.stages * (self.iterations + 1))
         for weight in weights:
             monitor.forget_best()  # the loss of a weaker prior is another loss
             candidate = Candidate(x, labels=labels)

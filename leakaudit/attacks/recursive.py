@@ -146,8 +146,11 @@ class Recursive:
         weights = torch.logspace(math.log10(self.first), math.log10(self.last), self.stages).tolist()
         top, every = layers.names_at_top(solved), layers.names(solved)
         passes = [(top, weights), (every, weights[len(weights) // 2 :])]
+        if not 0 < len(top) < len(every):
+            passes = [(every, weights)]
+        monitor.expect((self.iterations + 1) * sum(len(path) for _, path in passes) + len(passes))
         found: list[Tensor] = []
-        for names, path in passes if 0 < len(top) < len(every) else [(every, weights)]:
+        for names, path in passes:
             for weight in path:
                 x = self._stage(layers.misfit(solved, names), weight, x, labels, monitor, space)
                 if monitor.stopped == "budget":
