@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,7 @@ from leakaudit.attacks.jacobian import Buckets, Piece, whole
 from leakaudit.attacks.labels import infer_labels
 from leakaudit.attacks.matching import variation
 from leakaudit.attacks.optimise import Candidate, lbfgs
+from leakaudit.attacks.smoothing import RoundCorners
 from leakaudit.models.spaces import Pixels
 from leakaudit.models.victim import cross_entropy_sum
 from leakaudit.threat import View
@@ -45,6 +47,9 @@ WIDEST = 1e-2
 """An interval this narrow, relative to the numbers' size, is an equation."""
 SAFETY = 4.0
 """Standard deviations assumed for each unit of rounding."""
+ROUND_WEIGHTS = (3e-1, 1e-3)
+SHARPNESS = (5.0, 500.0)
+"""Prior's weight and sharpness of corners, from the first stage with round corners to the last."""
 CHUNK_NUMBERS = 2**24
 """Numbers of gradients to hold at once."""
 
@@ -81,6 +86,7 @@ class Recursive:
     Attributes:
         unknowns: largest system to solve at once, numbers of the whole batch.
         first, last: weights of the prior where the equations leave directions open, in geometric `stages`.
+        rounded: stages with round corners before them, where there are ReLUs or max-pooling.
         iterations: calls of L-BFGS a stage, of 20 inner steps each.
     """
 
@@ -88,14 +94,15 @@ class Recursive:
     first: float = 1e-2
     last: float = 1e-8
     stages: int = 5
+    rounded: int = 8
     iterations: int = 30
     restarts: int = 1
 
     def __post_init__(self) -> None:
         if not 0 < self.last <= self.first:
             raise ValueError(f"weights must be positive and fall, got {self.first} to {self.last}")
-        if min(self.unknowns, self.stages, self.iterations, self.restarts) < 1:
-            raise ValueError("unknowns, stages, iterations and restarts must be at least 1")
+        if min(self.unknowns, self.stages, self.rounded, self.iterations, self.restarts) < 1:
+            raise ValueError("unknowns, stages, rounded, iterations and restarts must be at least 1")
 
     def applies(self, view: View) -> str | None:
         if view.round.local_steps > 1:
@@ -137,28 +144,41 @@ class Recursive:
     def _smoothest(self, layers: Layers, solved: Descent, labels: Tensor, monitor: Monitor) -> list[Tensor]:
         """The smoothest x that meet what is known at the cut, the prior weakened in stages; one a pass.
 
-        The first pass leaves out the weight gradients that jump where a ReLU below the cut switches:
-        what remains is continuous in x, and leads to the neighbourhood where the jumps are few.
+        Behind a ReLU or max-pooling the weight gradients jump where it switches, so two passes lead to the
+        neighbourhood of the solution: one with round corners, sharpened in stages, one with only those
+        equations that are continuous in x (the weight gradients right below the cut).
         """
         space = layers.view.victim.space
         grey = torch.full((len(labels), *space.shape), 0.5, dtype=torch.float64, device=labels.device)
-        x = space.encode(grey)
-        weights = torch.logspace(math.log10(self.first), math.log10(self.last), self.stages).tolist()
+        start = space.encode(grey)
         top, every = layers.names_at_top(solved), layers.names(solved)
-        passes = [(top, weights), (every, weights[len(weights) // 2 :])]
-        if not 0 < len(top) < len(every):
-            passes = [(every, weights)]
-        monitor.expect((self.iterations + 1) * sum(len(path) for _, path in passes) + len(passes))
+        weights = _geometric(self.first, self.last, self.stages)
+        late = weights[len(weights) // 2 :]
+        passes = [[Stage(every, weight) for weight in weights]]
+        if layers.has_corners(solved):
+            round_first = [
+                Stage(every, weight, sharpness)
+                for weight, sharpness in zip(
+                    _geometric(ROUND_WEIGHTS[0], ROUND_WEIGHTS[1], self.rounded),
+                    _geometric(SHARPNESS[0], SHARPNESS[1], self.rounded),
+                    strict=True,
+                )
+            ]
+            passes = [[*round_first, *(Stage(every, weight) for weight in late)]]
+            if 0 < len(top) < len(every):
+                passes.append([Stage(top, weight) for weight in weights])
+        monitor.expect((self.iterations + 1) * sum(map(len, passes)) + len(passes))
         found: list[Tensor] = []
-        for names, path in passes:
-            for weight in path:
-                x = self._stage(layers.misfit(solved, names), weight, x, labels, monitor, space)
+        for stages in passes:
+            x = start
+            for stage in stages:
+                x = self._descend(layers.misfit(solved, stage), stage.weight, x, labels, monitor, space)
                 if monitor.stopped == "budget":
                     return [*found, x]
             found.append(x)
         return found
 
-    def _stage(
+    def _descend(
         self,
         misfit: Callable[[Tensor], Tensor],
         weight: float,
@@ -176,6 +196,20 @@ class Recursive:
         lbfgs(candidate, objective, monitor, iterations=self.iterations, history=30, patience=5)
         assert monitor.best_x is not None
         return monitor.best_x
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One descent: the weight gradients used, the prior's weight, and how sharp corners are; None for as they are."""
+
+    names: list[str]
+    weight: float
+    sharpness: float | None = None
+
+
+def _geometric(first: float, last: float, count: int) -> list[float]:
+    numbers: list[float] = torch.logspace(math.log10(first), math.log10(last), count).tolist()
+    return numbers
 
 
 def features(view: View, generator: torch.Generator) -> tuple[Cut, Tensor, float]:
@@ -279,14 +313,23 @@ class Layers:
         """Those of the affine layer right below the cut."""
         return self._names(self._chain[self._run_below(solved.left) : solved.left])
 
-    def misfit(self, solved: Descent, names: list[str]) -> Callable[[Tensor], Tensor]:
-        """x -> half the squared relative error at the cut and in the gradients of `names`, a scalar."""
-        chain, cut = self._chain[: solved.left], solved.cut
+    def has_corners(self, solved: Descent) -> bool:
+        """Whether a ReLU or max-pooling lies below the cut."""
+        corners = RoundCorners(1.0)
+        with torch.no_grad(), corners:
+            self._run(self._chain[: solved.left], {}, self.view.victim.probe(1))
+        return corners.met > 0
+
+    def misfit(self, solved: Descent, stage: Stage) -> Callable[[Tensor], Tensor]:
+        """x -> half the squared relative error at the cut and in the stage's weight gradients, a scalar."""
+        chain, cut, names = self._chain[: solved.left], solved.cut, stage.names
         size = cut.scale
 
         def value(x: Tensor) -> Tensor:
             leaves = {name: self._tensors[name].detach().requires_grad_() for name in names}
-            output = self._run(chain, leaves, x)
+            corners = nullcontext() if stage.sharpness is None else RoundCorners(stage.sharpness)
+            with corners:
+                output = self._run(chain, leaves, x)
             outside = F.relu(cut.low - output) + F.relu(output - cut.high)
             total = (outside / size).square().sum()
             if names:
