@@ -23,6 +23,7 @@ from leakaudit.errors import InputError
 from leakaudit.execution import OnProgress, Plan, choose
 from leakaudit.formats.checkpoint import save_checkpoint
 from leakaudit.formats.manifest import Manifest
+from leakaudit.formats.phrases import counted
 from leakaudit.metrics import DEFAULT_METRICS, METRICS
 from leakaudit.models.victim import Mode, Victim
 from leakaudit.models.zoo import load_victim, parse_normalisation
@@ -251,7 +252,8 @@ def _write(
     write_captured(out, captured)
     manifest = captured.manifest
     lines.append(
-        f"Update: {out} ({manifest.kind} of {manifest.num_examples} examples, {manifest.local_steps} local steps, "
+        f"Update: {out} ({manifest.kind} of {counted(manifest.num_examples or 0, 'example')}, "
+        f"{counted(manifest.local_steps or 0, 'local step')}, "
         f"{manifest.mode} mode, {captured.update.numel():,} numbers)"
     )
     if save_model is not None:

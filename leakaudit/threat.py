@@ -188,7 +188,7 @@ def see(victim: Victim, shared: SharedUpdate, labels: Tensor | None = None) -> V
         mode=_mode(victim, manifest.mode),
         loss=_said(
             None if manifest.loss is None else f"{manifest.loss}/{manifest.reduction or 'mean'}",
-            "assumed cross-entropy, mean",
+            f"assumed {manifest.loss or 'cross-entropy'}, {manifest.reduction or 'mean'}",
         ),
         normalisation=_said(
             None if victim.space.mean is None else (victim.space.mean, victim.space.std),

@@ -39,6 +39,7 @@ class SharedUpdate:
         has_scale: whether the length of `update` means something.
         missing: trainable parameters that were not shared.
         notes: how the file was understood and what was assumed, in sentences.
+        guesses: assumptions without which every attack may fail, in sentences.
         dtypes: parameter name -> type in the file ("float16", ...).
         sha256: of the file.
         raw: the numbers as in the file, before sign and learning rate are applied.
@@ -56,6 +57,7 @@ class SharedUpdate:
     sha256: str
     raw: Update
     rounding: float = 0.0
+    guesses: tuple[str, ...] = ()
 
 
 def load_update(
@@ -103,6 +105,7 @@ def load_update(
         sha256=raw.sha256,
         raw=values,
         rounding=reading.rounding,
+        guesses=reading.guesses,
     )
 
 
@@ -123,6 +126,7 @@ class _Reading:
     buffers: dict[str, Tensor]
     notes: tuple[str, ...]
     rounding: float
+    guesses: tuple[str, ...] = ()
 
 
 def _read_meaning(
@@ -159,6 +163,10 @@ def _read_meaning(
             " (state kind=gradient or kind=delta to use its scale).",
         ),
         _storage_rounding(raw, found, values),
+        (
+            "Nothing shows that the file is not a delta after - before, on which every attack would fail;"
+            " state kind=gradient, or kind=delta and its sign.",
+        ),
     )
 
 
