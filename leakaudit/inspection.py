@@ -424,8 +424,9 @@ def _local_steps(view: View, after: Mapping[str, Tensor], notes: _Notes) -> tupl
         return None, "eval"
     notes.hint(
         "local steps",
-        f"num_batches_tracked moved by {count} in all {len(moved)} BatchNorm layers: the client made exactly"
-        f" {count} local {'step' if count == 1 else 'steps'} in train mode.",
+        f"num_batches_tracked moved by {count} in {'the' if len(moved) == 1 else 'all'}"
+        f" {counted(len(moved), 'BatchNorm layer')}: the client made exactly {counted(count, 'local step')}"
+        " in train mode.",
         steps=count,
     )
     return count, "train"
@@ -460,7 +461,7 @@ def _statistics(
         channels = sum(len(mean) for mean, _ in found.values())
         notes.leak(
             "batch statistics",
-            f"One step moved the running statistics of {len(found)} BatchNorm layers, so the mean and"
+            f"One step moved the running statistics of {counted(len(found), 'BatchNorm layer')}, so the mean and"
             f" variance of the private batch in {channels} channels are known to rounding (for the variances' last"
             f" correction, {count} {'example was' if count == 1 else 'examples were'} assumed).",
             layers=list(found),

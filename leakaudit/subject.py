@@ -190,7 +190,8 @@ def learn(view: View, inspection: Inspection) -> View:
     changes: dict[str, Any] = {}
     if knowledge.batch_size.value is None and inspection.batch_size_hint is not None:
         changes["batch_size"] = inferred(inspection.batch_size_hint, "rank of the last layer's gradient")
-        round = replace(round, num_examples=inspection.batch_size_hint)
+        count, size = inspection.batch_size_hint, round.local_batch_size
+        round = replace(round, num_examples=count, local_batch_size=size and min(size, count))
     if knowledge.local_steps.value is None and inspection.local_steps is not None:
         changes["local_steps"] = inferred(inspection.local_steps, "num_batches_tracked")
         round = replace(round, local_steps=inspection.local_steps)
