@@ -194,3 +194,19 @@ def test_files_of_one_name_are_told_apart(run: Runner, tmp_path: Path) -> None:
     files = json.loads((tmp_path / "out" / "result.json").read_text())["files"]
     assert len(set(files.values())) == 2
     refused(run("attack", "other/model.pt", *options), "holds the run of another update")
+
+
+def test_a_page_that_cannot_be_written_is_said_before_the_attack(run: Runner, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    refused(
+        run("attack", "grads.pt", *GRADIENT, "--out", "out", "--html", "file/page.html"),
+        "cannot write",
+        "file",
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pool_without_a_truth_is_refused(run: Runner) -> None:
+    refused(
+        run("attack", "grads.pt", *GRADIENT, "--out", "out", "--pool", "nowhere"), "pool nowhere", "truth"
+    )
