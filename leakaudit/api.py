@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import nn
 
-from leakaudit.atomic import sha256_of, write_atomically
+from leakaudit.atomic import sha256_of, writable_folder, write_atomically
 from leakaudit.auditing import Settings, Subject
 from leakaudit.auditing import audit as run_audit
 from leakaudit.capture import Captured, capture, steps_of_epochs, write_captured
@@ -23,6 +23,7 @@ from leakaudit.errors import InputError
 from leakaudit.execution import OnProgress, Plan, choose
 from leakaudit.formats.checkpoint import save_checkpoint
 from leakaudit.formats.manifest import Manifest
+from leakaudit.formats.phrases import counted
 from leakaudit.metrics import DEFAULT_METRICS, METRICS
 from leakaudit.models.victim import Mode, Victim
 from leakaudit.models.zoo import load_victim, parse_normalisation
@@ -75,6 +76,8 @@ def attack(
     Returns the same result that the command writes.  Raises `InputError` for anything that cannot be used.
     """
     list(choose(tuple(attacks)))  # an unknown attack is an error now, not after reading everything
+    if pool is not None and truth is None:
+        raise InputError(f"pool {pool} is compared with the private batch; accepted only with a truth file")
     thresholds = parse_policy(policy)
     settings = Settings(
         plan=Plan(attacks=tuple(attacks), seed=seed, budget=_positive(budget, "budget"), restarts=restarts),
@@ -236,7 +239,7 @@ def _check_targets(*paths: str | Path | None) -> None:
             raise InputError(f"{path} was given for two different things; accepted: a file for each")
         if not path.parent.is_dir():
             raise InputError(f"cannot write {path}: there is no folder {path.parent}")
-        _writable(path.parent)
+        writable_folder(path.parent)
 
 
 def _write(
@@ -251,7 +254,8 @@ def _write(
     write_captured(out, captured)
     manifest = captured.manifest
     lines.append(
-        f"Update: {out} ({manifest.kind} of {manifest.num_examples} examples, {manifest.local_steps} local steps, "
+        f"Update: {out} ({manifest.kind} of {counted(manifest.num_examples or 0, 'example')}, "
+        f"{counted(manifest.local_steps or 0, 'local step')}, "
         f"{manifest.mode} mode, {captured.update.numel():,} numbers)"
     )
     if save_model is not None:
@@ -309,7 +313,7 @@ def _positive(value: float | None, what: str) -> float | None:
 
 def _run_folder(out: str | Path | None, files: dict[str, str], force: bool) -> Path:
     """The folder to write to; `InputError` when it holds the run of another update."""
-    folder = _writable(out)
+    folder = Path(tempfile.mkdtemp(prefix="leakaudit-")) if out is None else writable_folder(out)
     if (folder / RESULT_NAME).exists() and not force:
         before = read_run(folder).files.values()
         if not set(files.values()) <= set(before):
@@ -327,17 +331,3 @@ def _keep(files: Sequence[Path], folder: Path, force: bool) -> None:
             raise InputError(f"{target} holds something else; accepted: --force, or another folder")
     for path in files:
         write_atomically(folder / path.name, path.read_bytes())
-
-
-def _writable(out: str | Path | None) -> Path:
-    """The folder, made when it is missing; a new temporary one for None.  `InputError` when it is read-only."""
-    if out is None:
-        return Path(tempfile.mkdtemp(prefix="leakaudit-"))
-    folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise InputError(f"cannot write to the folder {folder}: {error.strerror}") from error
-    return folder

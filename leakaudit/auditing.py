@@ -259,7 +259,7 @@ def _fact_text(fact: Fact) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, dict):
-        return f"mean and variance of {len(value)} layers"
+        return f"mean and variance of {counted(len(value), 'layer')}"
     if isinstance(value, tuple):
         return "; ".join(map(str, value)) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)

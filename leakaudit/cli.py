@@ -254,11 +254,14 @@ def attack(
 ) -> None:
     """Reconstruct private images from a saved update, and report what it gives away."""
     from leakaudit import api
+    from leakaudit.atomic import writable_folder
 
     manifest = _manifest(
         kind, sign, learning_rate, local_steps, batch_size, examples, mode, loss, reduction,
         normalisation, input_shape, num_classes, noise_std,
     )  # fmt: skip
+    if html is not None:
+        writable_folder(html.parent)
     with progress_bar(Console(stderr=True)) as on_progress:
         result = api.attack(
             update,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from scipy.stats import binomtest
 from torch import Tensor
@@ -22,6 +23,10 @@ from leakaudit.randomness import fork
 from leakaudit.report.pictures import contact_sheet, difference, write_png
 from leakaudit.results import Attempt, ExampleScores, Frame, Score, SuccessRate, Trial
 from leakaudit.threat import View
+
+T = TypeVar("T")
+MOST_FRAMES = 16
+"""Of a film strip as shown: two rows of the report."""
 
 
 @dataclass(frozen=True)
@@ -140,12 +145,19 @@ class Album:
 
     def strip(self, space: Pixels, found: Reconstruction) -> list[Frame]:
         frames = []
-        for position, (iteration, loss, x) in enumerate(found.strip):
+        for position, (iteration, loss, x) in enumerate(_thinned(found.strip, MOST_FRAMES)):
             sheet = contact_sheet(shown(space, x).permute(0, 2, 3, 1).numpy())
             relative = f"images/{self._attack}-strip-{position:02d}.png"
             write_png(sheet, self._folder / relative)
             frames.append(Frame(iteration=iteration, loss=loss, image=relative))
         return frames
+
+
+def _thinned(frames: list[T], most: int) -> list[T]:
+    """At most `most` of them, evenly spread, the first and the last among them."""
+    if len(frames) <= most:
+        return frames
+    return [frames[round(i * (len(frames) - 1) / (most - 1))] for i in range(most)]
 
 
 def _array(image: Tensor):  # type: ignore[no-untyped-def]

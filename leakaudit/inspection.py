@@ -30,6 +30,7 @@ from leakaudit.attacks.head import (
 from leakaudit.attacks.labels import LabelInference, infer_labels
 from leakaudit.attacks.linear import Linear, PatchEmbeddingInverse, input_layer
 from leakaudit.errors import InputError
+from leakaudit.formats.phrases import counted
 from leakaudit.models.victim import Mode, cross_entropy_sum
 from leakaudit.results import Finding
 from leakaudit.threat import View
@@ -107,6 +108,7 @@ def inspect_update(
     shared = view.observed if raw is None else raw
     _missing(view, notes)
     storage = _storage(shared, dtypes or {}, notes)
+    _same_sizes(view, shared, notes)
     altered = storage.quantised or _pruning(view, shared, storage, notes)
     noise_std = None if altered else _noise(view, storage, notes)
     changed = altered or noise_std is not None
@@ -185,6 +187,18 @@ def _storage(shared: Update, dtypes: Mapping[str, str], notes: _Notes) -> _Stora
         epsilon=_epsilon(short),
     )
     return _Storage(quantised=False, absolute=2.0**-24 if short == "float16" else 0.0)
+
+
+def _same_sizes(view: View, shared: Update, notes: _Notes) -> None:
+    """Warn where nearly all numbers of every tensor are equally large, as after one step of Adam."""
+    tensors = [tensor.abs() for tensor in shared.values() if tensor.numel() >= 32 and bool(tensor.any())]
+    alike = sum(int((tensor > 0.9 * tensor.max()).sum()) for tensor in tensors)
+    if alike > 0.8 * sum(tensor.numel() for tensor in tensors) > 0 and not view.knowledge.defense.value:
+        notes.warning(
+            "optimiser",
+            "Nearly all numbers are equally large, as after one step of Adam or of signs: the attacks simulate"
+            " plain SGD, and cannot match such an update.",
+        )
 
 
 def _levels(tensor: Tensor) -> int | None:
@@ -410,8 +424,9 @@ def _local_steps(view: View, after: Mapping[str, Tensor], notes: _Notes) -> tupl
         return None, "eval"
     notes.hint(
         "local steps",
-        f"num_batches_tracked moved by {count} in all {len(moved)} BatchNorm layers: the client made exactly"
-        f" {count} local {'step' if count == 1 else 'steps'} in train mode.",
+        f"num_batches_tracked moved by {count} in {'the' if len(moved) == 1 else 'all'}"
+        f" {counted(len(moved), 'BatchNorm layer')}: the client made exactly {counted(count, 'local step')}"
+        " in train mode.",
         steps=count,
     )
     return count, "train"
@@ -446,7 +461,7 @@ def _statistics(
         channels = sum(len(mean) for mean, _ in found.values())
         notes.leak(
             "batch statistics",
-            f"One step moved the running statistics of {len(found)} BatchNorm layers, so the mean and"
+            f"One step moved the running statistics of {counted(len(found), 'BatchNorm layer')}, so the mean and"
             f" variance of the private batch in {channels} channels are known to rounding (for the variances' last"
             f" correction, {count} {'example was' if count == 1 else 'examples were'} assumed).",
             layers=list(found),
@@ -551,7 +566,7 @@ def _batch_size(view: View, consistency: HeadConsistency | None, notes: _Notes) 
         "batch size",
         f"The last layer's gradient has rank {rank} of at most {limit}: "
         + (
-            f"{rank} examples, unless some have the same features{steps} (estimate)."
+            f"{counted(rank, 'example')}, unless some have the same features{steps} (estimate)."
             if certain
             else "no fewer examples."
         ),
@@ -567,11 +582,11 @@ def _reduction(view: View, head: HeadGradient, notes: _Notes) -> None:
         return
     negative = -float(head.bias_gradient.clamp(max=0).sum())
     if negative > 1.001 and view.victim.loss_function is not cross_entropy_sum:
-        notes.hint(
+        notes.warning(
             "loss reduction",
             f"The negative gradients of the class biases add up to {negative:.3g}, above the 1 that a mean"
-            f" over examples allows: the loss was summed over at least {math.ceil(negative)} examples, or the"
-            " update was scaled up.",
+            f" over examples allows: the loss was summed over at least {math.ceil(negative)} examples (state"
+            " reduction=sum), or the update was scaled up.",
             negative=negative,
         )
 

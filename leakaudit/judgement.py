@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 from leakaudit.policy import Policy
 from leakaudit.results import Control, Finding, Score, Trial, Verdict
 
+CONTRADICTION = 10.0
+"""Measured error over proven error (both RMS) above which the originals are not those of the update."""
 HOPELESS = 0.9
 """Relative residual above which the checkpoint itself is in doubt."""
 
@@ -61,6 +64,7 @@ def judge(
         reasons += [
             f"The policy asks for {name}, which was not measured." for name in policy.unmeasured(scores)
         ]
+        reasons += _contradictions(trials)
     positive = next((control for control in controls if control.name == "positive"), None)
     if not truth_known:
         return Verdict(
@@ -97,6 +101,31 @@ def _checked(trials: Sequence[Trial], status: str) -> list[str]:
         and check.status == status
         and (check.rank is None or check.rank == check.unknowns)
     ]
+
+
+def _contradictions(trials: Sequence[Trial]) -> list[str]:
+    """Trials proven to be nearer to the private batch than the truth file says they are."""
+    texts = []
+    for trial in trials:
+        check = trial.verification
+        errors = [
+            error for example in trial.examples if (error := _squared_error(example.scores)) is not None
+        ]
+        if check is None or check.status != "verified" or check.distance is None or not errors:
+            continue
+        measured = math.sqrt(sum(errors) / len(errors))
+        if measured > CONTRADICTION * check.distance:
+            texts.append(
+                f"{trial.attack} provably lies within {check.distance:.1e} of what the update holds, but"
+                f" {measured:.1e} from the originals given (RMS): the truth file, its labels or the"
+                " normalisation do not belong to this update."
+            )
+    return texts
+
+
+def _squared_error(scores: Mapping[str, float | None]) -> float | None:
+    error, psnr = scores.get("mse"), scores.get("psnr")
+    return 10 ** (-psnr / 10) if error is None and psnr is not None else error
 
 
 def _doubts(trials: Sequence[Trial], best: int | None, findings: Sequence[Finding]) -> list[str]:

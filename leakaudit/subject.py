@@ -152,12 +152,36 @@ def open_update(sources: Sources, seed: int = 0) -> Opened:
         dtypes=shared.dtypes,
         generator=fork(seed, "inspection"),
     )
-    files = {Path(sources.update).name: shared.sha256}
-    for path in (sources.checkpoint, sources.before):
-        if path is not None:
-            files[Path(path).name] = sha256_of(path)
-    findings = tuple(Finding(name="file", severity="info", text=note) for note in shared.notes)
-    return Opened(shared, learn(view, inspection), inspection, files, findings)
+    return Opened(
+        shared, learn(view, inspection), inspection, _hashes(sources, shared), _findings(shared, inspection)
+    )
+
+
+def _hashes(sources: Sources, shared: SharedUpdate) -> dict[str, str]:
+    """Name -> sha256 of every file; with its folders, where another file has the same name."""
+    files = {Path(sources.update): shared.sha256}
+    files |= {
+        Path(path): sha256_of(path) for path in (sources.checkpoint, sources.before) if path is not None
+    }
+    names = [path.name for path in files]
+    return {path.name if names.count(path.name) == 1 else str(path): hash for path, hash in files.items()}
+
+
+def _findings(shared: SharedUpdate, inspection: Inspection) -> tuple[Finding, ...]:
+    """What reading the file showed.  A guess is a warning, unless the last layer proves that it is right."""
+    proof = inspection.consistency
+    proven = proof is not None and proof.single_example and proof.belongs is True and proof.factor > 0
+    guesses = () if proven else shared.guesses
+    warnings = [Finding(name="file", severity="warning", text=text) for text in guesses]
+    notes = [Finding(name="file", severity="info", text=note) for note in shared.notes]
+    manifest = shared.manifest
+    if shared.has_scale and manifest.reduction is None and manifest.num_examples not in (None, 1):
+        text = (
+            "The file does not say whether the loss is the mean or the sum over the batch; the mean was"
+            " assumed (state reduction=mean or reduction=sum)."
+        )
+        warnings.append(Finding(name="loss reduction", severity="warning", text=text))
+    return (*notes, *warnings)
 
 
 def learn(view: View, inspection: Inspection) -> View:
@@ -166,7 +190,8 @@ def learn(view: View, inspection: Inspection) -> View:
     changes: dict[str, Any] = {}
     if knowledge.batch_size.value is None and inspection.batch_size_hint is not None:
         changes["batch_size"] = inferred(inspection.batch_size_hint, "rank of the last layer's gradient")
-        round = replace(round, num_examples=inspection.batch_size_hint)
+        count, size = inspection.batch_size_hint, round.local_batch_size
+        round = replace(round, num_examples=count, local_batch_size=size and min(size, count))
     if knowledge.local_steps.value is None and inspection.local_steps is not None:
         changes["local_steps"] = inferred(inspection.local_steps, "num_batches_tracked")
         round = replace(round, local_steps=inspection.local_steps)

@@ -160,7 +160,8 @@ def see(victim: Victim, shared: SharedUpdate, labels: Tensor | None = None) -> V
         shared: the file, read by `leakaudit.formats.loading.load_update`.
         labels: (N,) integers given to the adversary, which makes the setting an upper bound.
 
-    An unknown batch size or step count is assumed to be 1 until `leakaudit.hypotheses` knows better.
+    An unknown batch size is assumed to be one local batch where that is known, else 1, and an unknown step
+    count 1, until `leakaudit.hypotheses` knows better.
     Raises `InputError` when the manifest contradicts itself, or the labels their number.
     """
     manifest = shared.manifest
@@ -168,9 +169,11 @@ def see(victim: Victim, shared: SharedUpdate, labels: Tensor | None = None) -> V
     if labels is not None and len(labels) != count:
         raise InputError(f"{len(labels)} labels given for an update of {count} examples")
     steps = manifest.local_steps or (1 if manifest.kind == "gradient" else None)
+    if count is None and steps == 1:
+        count = manifest.local_batch_size
     try:
         round = Round(
-            num_examples=count or 1,
+            num_examples=count or manifest.local_batch_size or 1,
             local_steps=steps or 1,
             local_batch_size=manifest.local_batch_size,
             learning_rate=manifest.learning_rate or 1.0,
@@ -179,7 +182,7 @@ def see(victim: Victim, shared: SharedUpdate, labels: Tensor | None = None) -> V
         raise InputError(f"the manifest is not a round: {error}") from error
     knowledge = Knowledge(
         labels=UNKNOWN if labels is None else known(labels, "given by the user", upper_bound=True),
-        batch_size=_said(count, "assumed 1"),
+        batch_size=_said(count, f"assumed {manifest.local_batch_size or 1}"),
         local_steps=_said(steps, "assumed 1"),
         local_batch_size=_said(
             manifest.local_batch_size or (count if steps == 1 else None), "assumed the whole batch"
@@ -188,7 +191,7 @@ def see(victim: Victim, shared: SharedUpdate, labels: Tensor | None = None) -> V
         mode=_mode(victim, manifest.mode),
         loss=_said(
             None if manifest.loss is None else f"{manifest.loss}/{manifest.reduction or 'mean'}",
-            "assumed cross-entropy, mean",
+            f"assumed {manifest.loss or 'cross-entropy'}, {manifest.reduction or 'mean'}",
         ),
         normalisation=_said(
             None if victim.space.mean is None else (victim.space.mean, victim.space.std),

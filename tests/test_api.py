@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_audits import CLASSES, FACTORIES, SHAPE, build, private_batch, timeless
 from torch import nn
 
@@ -93,6 +94,54 @@ def test_a_pair_of_checkpoints(tmp_path: Path) -> None:
     assert result.best_trial.residual is not None
     assert result.best_trial.residual < 1e-3
     assert result.round.local_steps == 2
+
+
+def saved_delta(folder: Path, steps: int, rate: float = 0.5) -> nn.Module:
+    """delta.safetensors as the README saves it, of two examples; the model before."""
+    before = build("mlp").eval()
+    model = copy.deepcopy(before)
+    optimiser = torch.optim.SGD(model.parameters(), lr=rate)
+    x, y = (torch.cat([part, part.flip(0)]) for part in private_batch())
+    x[1] = 1 - x[1]
+    for _ in range(steps):
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimiser.step()
+    leakaudit.save_update(
+        folder / "delta.safetensors", model, before=before.state_dict(), learning_rate=rate,
+        local_steps=steps, batch_size=2,
+    )  # fmt: skip
+    return before
+
+
+@pytest.mark.parametrize(("steps", "status"), [(1, "known"), (2, "unknown")])
+def test_a_delta_that_states_its_local_batch_only(tmp_path: Path, steps: int, status: str) -> None:
+    before = saved_delta(tmp_path, steps)
+    result = leakaudit.attack(
+        tmp_path / "delta.safetensors", before, manifest=STATED.model_copy(update={"num_examples": None}),
+        attacks=["inverting-gradients:iterations=2"], controls=False,
+    )  # fmt: skip
+    assert (result.round.num_examples, result.round.local_batch_size) == (2, 2)
+    assert {row.name: row.status for row in result.knowledge}["batch_size"] == status
+
+
+def test_a_local_batch_larger_than_the_hint_is_no_traceback(tmp_path: Path) -> None:
+    """The rank says one example where the file says batches of four: nothing but a matter of belief."""
+    gradient_file(tmp_path)
+    stated = Manifest.model_validate(
+        {**STATED.model_dump(exclude_none=True), "kind": "delta", "sign": "before-minus-after",
+         "learning_rate": 1.0, "local_batch_size": 4, "num_examples": None}
+    )  # fmt: skip
+    tensors = load_file(tmp_path / "shared.safetensors")
+    save_file(tensors, tmp_path / "bare.safetensors")
+    result = leakaudit.attack(
+        tmp_path / "bare.safetensors",
+        build("mlp").eval(),
+        manifest=stated,
+        attacks=["linear"],
+        controls=False,
+    )
+    assert result.round.num_examples in (1, 4)
 
 
 def test_unknown_steps_are_tried_within_the_budget(tmp_path: Path) -> None:

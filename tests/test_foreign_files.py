@@ -134,3 +134,79 @@ def test_wrappers_and_neighbours_are_noted(run: Runner) -> None:
     text = words(run("inspect", "after.pth", *PAIR).out)
     assert "Read from 'state_dict' in the file; left out beside it: epoch." in text
     assert "wrapper prefixes such as 'module.'" in text
+
+
+def file_findings(text: str) -> list[tuple[str, str]]:
+    return [(row["severity"], row["text"]) for row in json.loads(text) if row["name"] == "file"]
+
+
+def test_a_guess_at_what_the_file_is_is_a_warning_unless_proven(run: Runner, tmp_path: Path) -> None:
+    """A delta after - before, taken for a gradient, makes every attack fail: that must not look like safety."""
+    before, after = (torch.load(tmp_path / f"{name}.pth")["state_dict"] for name in ("before", "after"))
+    delta = {name.removeprefix("module."): after[name] - before[name] for name in before}
+    torch.save(delta, tmp_path / "delta.pt")
+    for name, warnings in (("grads.pt", 0), ("delta.pt", 1)):
+        found = file_findings(run("inspect", name, *GRADIENT, "--json").out)
+        assert [text for severity, text in found if "read as a gradient" in text and severity == "info"]
+        doubts = [text for severity, text in found if severity == "warning"]
+        assert len(doubts) == warnings
+        assert all("not a delta after - before" in text for text in doubts)
+    assert file_findings(run("inspect", "grads.pt", *GRADIENT, "--kind", "gradient", "--json").out) == []
+
+
+def test_an_unstated_reduction_is_a_warning_for_a_batch(run: Runner) -> None:
+    def warned(*options: object) -> bool:
+        done = run("inspect", "grads.pt", *GRADIENT, "--kind", "gradient", *options, "--json")
+        return "mean or the sum" in done.out
+
+    assert warned("--batch-size", 2)
+    assert not warned("--batch-size", 1)
+    assert not warned("--batch-size", 2, "--reduction", "mean")
+
+
+def test_the_reduction_stated_is_the_one_shown(run: Runner, tmp_path: Path) -> None:
+    run(
+        "attack",
+        "grads.pt",
+        *GRADIENT,
+        "--attack",
+        "levenberg-marquardt",
+        "--reduction",
+        "sum",
+        "--out",
+        "out",
+    )
+    knowledge = json.loads((tmp_path / "out" / "result.json").read_text())["knowledge"]
+    assert [row["source"] for row in knowledge if row["name"] == "loss"] == ["assumed cross-entropy, sum"]
+
+
+def test_files_of_one_name_are_told_apart(run: Runner, tmp_path: Path) -> None:
+    """global/model.pt and client/model.pt: the run of another client's must not be overwritten."""
+    for folder, source in (("global", "before.pth"), ("client", "after.pth"), ("other", "after.pth")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "model.pt").write_bytes((tmp_path / source).read_bytes())
+    other = torch.load(tmp_path / "other" / "model.pt")
+    other["state_dict"] = {name: tensor * 1.01 for name, tensor in other["state_dict"].items()}
+    torch.save(other, tmp_path / "other" / "model.pt")
+    options = [*PAIR[:2], "--before", "global/model.pt", *PAIR[4:], "--budget", 2, "--no-controls"]
+    options += ["--attack", "inverting-gradients:iterations=2", "--out", "out"]
+    run("attack", "client/model.pt", *options)
+    files = json.loads((tmp_path / "out" / "result.json").read_text())["files"]
+    assert len(set(files.values())) == 2
+    refused(run("attack", "other/model.pt", *options), "holds the run of another update")
+
+
+def test_a_page_that_cannot_be_written_is_said_before_the_attack(run: Runner, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    refused(
+        run("attack", "grads.pt", *GRADIENT, "--out", "out", "--html", "file/page.html"),
+        "cannot write",
+        "file",
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pool_without_a_truth_is_refused(run: Runner) -> None:
+    refused(
+        run("attack", "grads.pt", *GRADIENT, "--out", "out", "--pool", "nowhere"), "pool nowhere", "truth"
+    )

@@ -297,6 +297,7 @@ def test_a_summed_loss_is_seen(photos: Tensor) -> None:
     view = make_view(mlp(), photos[:6], torch.arange(6))
     found = look(replace(view, observed=6 * view.observed))
     assert only(found, "loss reduction").data["negative"] > 2
+    assert only(found, "loss reduction").severity == "warning"
 
 
 def test_closed_forms_are_announced(photos: Tensor) -> None:
@@ -346,3 +347,16 @@ def test_findings_are_plain_data(photos: Tensor) -> None:
     for finding in found.findings:
         assert Finding.model_validate_json(finding.model_dump_json()) == finding
         assert finding.text.endswith(".")
+
+
+def test_a_step_of_adam_is_a_warning(photos: Tensor) -> None:
+    torch.manual_seed(0)
+    model = lenet()
+    view = make_view(model, photos[:1], torch.tensor([3]))
+    before = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        parameter.grad = view.observed[name].clone()
+    torch.optim.Adam(model.parameters(), lr=1e-3).step()
+    moved = Update({name: (before[name] - p.detach()) / 1e-3 for name, p in model.named_parameters()})
+    assert "plain SGD" in only(look(replace(view, observed=moved)), "optimiser").text
+    assert named(look(view), "optimiser") == []

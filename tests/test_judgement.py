@@ -121,3 +121,16 @@ def test_the_floor_is_what_unrelated_images_score() -> None:
     control = floor_control(scores)
     assert control.text == "Unrelated images score: psnr 9.5 dB."
     assert [(score.metric, score.value) for score in control.scores] == [("psnr", 9.5)]
+
+
+@pytest.mark.parametrize("scores", [{"psnr": 12.0}, {"psnr": None, "mse": 0.06}])
+def test_proof_against_the_originals_is_no_failed_attack(scores: dict[str, float | None]) -> None:
+    """Another truth file, or another normalisation: the attack did not fail, the comparison did."""
+    policy = parse_policy("psnr>20" if scores["psnr"] else "mse<0.001")
+    check = Verification(status="verified", text="", residual=1e-8, floor=1e-7, distance=1e-3)
+    what = trial(verification=check, examples=[ExampleScores(index=0, matched=0, scores=scores)])
+    found = verdict(what, policy=policy)
+    assert found.status == "inconclusive"
+    assert "provably lies within 1.0e-03" in found.reasons[0]
+    loose = what.model_copy(update={"verification": check.model_copy(update={"distance": 0.2})})
+    assert verdict(loose, policy=policy).status == "not-recovered"

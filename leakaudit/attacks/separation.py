@@ -34,6 +34,8 @@ MOST_SEARCHED = 8
 STARTS = 32
 SWAP_STARTS = 6
 MOST_ERROR = 0.01
+MOST_PUSH = 1.001
+"""Each g_i pulls one class down, by at most 1: so does their mean, or the gradient is not a mean."""
 SURPLUS = 1.2
 """Equations needed for each unknown; with fewer, wrong labels might fit as well."""
 STAGES = ((0.0, 20), (0.5, 30), (1.0, 50))
@@ -234,6 +236,8 @@ def _pose(head: HeadGradient, count: int, typical: Tensor, generator: torch.Gene
     if weight is None or gradient is None or bias_gradient is None:
         return None
     classes = len(weight)
+    if float(-bias_gradient.clamp(max=0).sum()) > MOST_PUSH:
+        return None
     if not 2 <= count <= min(MOST_EXAMPLES, classes - 1, weight.shape[1]):
         return None
     if effective_rank(gradient, head.epsilon) > count:

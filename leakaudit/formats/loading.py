@@ -5,6 +5,7 @@ This is the one place where sign and learning rate are applied (see `leakaudit.u
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -39,6 +40,7 @@ class SharedUpdate:
         has_scale: whether the length of `update` means something.
         missing: trainable parameters that were not shared.
         notes: how the file was understood and what was assumed, in sentences.
+        guesses: assumptions without which every attack may fail, in sentences.
         dtypes: parameter name -> type in the file ("float16", ...).
         sha256: of the file.
         raw: the numbers as in the file, before sign and learning rate are applied.
@@ -56,6 +58,7 @@ class SharedUpdate:
     sha256: str
     raw: Update
     rounding: float = 0.0
+    guesses: tuple[str, ...] = ()
 
 
 def load_update(
@@ -103,6 +106,7 @@ def load_update(
         sha256=raw.sha256,
         raw=values,
         rounding=reading.rounding,
+        guesses=reading.guesses,
     )
 
 
@@ -123,6 +127,7 @@ class _Reading:
     buffers: dict[str, Tensor]
     notes: tuple[str, ...]
     rounding: float
+    guesses: tuple[str, ...] = ()
 
 
 def _read_meaning(
@@ -159,6 +164,10 @@ def _read_meaning(
             " (state kind=gradient or kind=delta to use its scale).",
         ),
         _storage_rounding(raw, found, values),
+        (
+            "Nothing shows that the file is not a delta after - before, on which every attack would fail;"
+            " state kind=gradient, or kind=delta and its sign.",
+        ),
     )
 
 
@@ -192,13 +201,8 @@ def _from_delta(
     direction = 1 if sign == "before-minus-after" else -1
     buffers, buffer_notes = _trained_buffers(raw, found, victim, -direction)
     update, has_scale, scale_notes = _scaled(values.map(lambda t: t.double() * direction), raw)
-    return _Reading(
-        update,
-        has_scale,
-        buffers,
-        (*notes, *buffer_notes, *scale_notes),
-        _storage_rounding(raw, found, values),
-    )
+    rounding = math.hypot(_storage_rounding(raw, found, values), _subtraction_rounding(victim, values))
+    return _Reading(update, has_scale, buffers, (*notes, *buffer_notes, *scale_notes), rounding)
 
 
 def _from_weights(
@@ -299,6 +303,13 @@ def _roundoff(raw: RawFile, found: Resolved, name: str) -> float:
     stored: torch.dtype = getattr(torch, raw.dtypes.get(found.sources[name], "float32"))
     coarse = stored if stored.is_floating_point else torch.float32
     return max(torch.finfo(coarse).eps, torch.finfo(torch.float32).eps) / 2
+
+
+def _subtraction_rounding(victim: Victim, values: Update) -> float:
+    """Relative error of a delta from the float32 weights after training that it was computed from."""
+    length = _length(values)
+    error = torch.finfo(torch.float32).eps / 2 * _length(_of_victim(victim, values))
+    return error / length if length > 0 else 0.0
 
 
 def _storage_rounding(raw: RawFile, found: Resolved, values: Update) -> float:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from leakaudit.attacks import separation
 from leakaudit.attacks.head import head_gradient
 from leakaudit.attacks.labels import infer_labels, probe_features
 from leakaudit.attacks.separation import separate
@@ -103,6 +104,25 @@ def test_batches_it_cannot_tell_apart_are_declined(photos: Tensor) -> None:
     assert separate(head, [torch.arange(12) % 10], torch.ones(2, 256).double(), fork(0, "s")) is None
     noisy = replace(head, weight_gradient=head.weight_gradient + 1e-3 * torch.randn(10, 256).double())
     assert separate(noisy, [torch.arange(4)], torch.ones(2, 256).double(), fork(0, "s")) is None
+
+
+def test_a_sum_taken_for_a_mean_is_declined_before_the_search(
+    photos: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("searched")
+
+    monkeypatch.setattr(separation._Problem, "solve", never)
+    view = make_view(sure_of_itself(0, 0.05), photos[:4], torch.tensor([1, 4, 4, 2]))
+    head = head_gradient(view)
+    assert head is not None
+    assert head.weight_gradient is not None
+    assert head.bias_gradient is not None
+    summed = replace(head, weight_gradient=4 * head.weight_gradient, bias_gradient=4 * head.bias_gradient)
+    guess, typical = [torch.tensor([1, 4, 4, 2])], probe_features(view, fork(0, "probe"))
+    assert separate(summed, guess, typical, fork(0, "s")) is None
+    with pytest.raises(AssertionError, match="searched"):
+        separate(head, guess, typical, fork(0, "s"))
 
 
 def test_a_trained_resnet_gives_the_labels_of_small_batches() -> None:

@@ -268,3 +268,17 @@ def test_every_layout_gives_the_same_update(tmp_path: Path, seed: int, layout: s
     assert_same(shared.update, update)
     assert_same(shared.raw, copy.copy(update))
     assert isinstance(shared.update, Update)
+
+
+def test_a_deltas_rounding_is_that_of_the_weights_it_was_computed_from(tmp_path: Path) -> None:
+    """A small step between large weights: float32 holds the delta to a few digits only."""
+    update = gradient_of(VICTIM)
+    rate = 1e-4
+    exact = update.map(torch.Tensor.double) * rate
+    before = Update({name: VICTIM.params[name].detach().clone() for name in update})
+    rounded = before - (before.map(torch.Tensor.double) - exact).to(torch.float32)
+    stated = Manifest(kind="delta", sign="before-minus-after", learning_rate=rate)
+    shared = loaded(tmp_path, dict(rounded), stated)
+    error = float((rounded.map(torch.Tensor.double) - exact).norm() / exact.norm())
+    assert error > 1e-6
+    assert error < shared.rounding < 4 * error

@@ -253,3 +253,15 @@ def test_odd_curves_stay_inside_the_chart(history: list[tuple[int, float]]) -> N
 def test_no_finite_loss_no_chart() -> None:
     assert loss_chart(curve([(0, float("nan"))])) is None
     assert loss_chart(curve([])) is None
+
+
+@pytest.mark.parametrize(
+    ("frames", "text"), [(1, "found its answer in one step"), (2, "from iteration 0 to")]
+)
+def test_one_frame_is_not_called_a_course(tmp_path: Path, frames: int, text: str) -> None:
+    result = photo_audit(tmp_path)
+    assert result.best is not None
+    best = result.trials[result.best]
+    trial = best.model_copy(update={"strip": best.strip[:frames]})
+    page = render_html(result.model_copy(update={"trials": [trial], "best": 0}), tmp_path)
+    assert text in " ".join(Page(page).text)
