@@ -103,6 +103,29 @@ def test_a_batch_behind_a_relu_is_finished_by_the_prior(photo_crops: Tensor) -> 
     assert min(psnr(view, found.x, pixels)) > 30
 
 
+class Quickstart(nn.Module):
+    """The CNN of PyTorch's CIFAR-10 tutorial, which Flower's quickstart uses, for 20x20 pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 6, 5), nn.Conv2d(6, 16, 5)
+        self.pool = nn.MaxPool2d(2, 2)
+        self.fc1, self.fc2, self.fc3 = nn.Linear(64, 120), nn.Linear(120, 84), nn.Linear(84, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(self.conv1(x).relu())
+        x = self.pool(self.conv2(x).relu()).view(-1, 64)
+        return self.fc3(self.fc2(self.fc1(x).relu()).relu())
+
+
+def test_max_pooling_and_relus_with_round_corners_first(photo_crops: Tensor) -> None:
+    pixels = nn.functional.interpolate(photo_crops[5:6], size=20, mode="area")
+    view = capture(pixels, Quickstart())
+    found = replace(ATTACK, iterations=5).run(view, fork(0, "a"), Monitor())
+    assert found.details["solved"] == 5, "the fully connected layers, their ReLUs and the reshape"
+    assert min(psnr(view, found.x, pixels)) > 20
+
+
 def test_an_average_before_the_last_layer_leaves_the_rest_to_the_prior(small_photos: Tensor) -> None:
     body = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1),
