@@ -1,6 +1,7 @@
-"""The small CNN of PyTorch's CIFAR-10 tutorial, with which Flower's quickstart begins too.
+r"""The small CNN of PyTorch's CIFAR-10 tutorial, with which Flower's quickstart begins too.
 
-    leakaudit capture --model examples/quickstart_cnn.py:cnn --data examples/photos --out shared.safetensors --truth truth.safetensors
+    leakaudit capture --model examples/quickstart_cnn.py:cnn --data examples/photos \
+        --out shared.safetensors --truth truth.safetensors
     leakaudit attack  --model examples/quickstart_cnn.py:cnn --checkpoint model.safetensors shared.safetensors \
         --truth truth.safetensors --out runs/quickstart
 """

@@ -45,6 +45,8 @@ from leakaudit.threat import View
 
 WIDEST = 1e-2
 """An interval this narrow, relative to the numbers' size, is an equation."""
+CERTAIN = 1e-4
+"""Length of the logits' gradient below which float32 probabilities say little."""
 SAFETY = 4.0
 """Standard deviations assumed for each unit of rounding."""
 ROUND_WEIGHTS = (3e-1, 1e-3)
@@ -222,15 +224,12 @@ def features(view: View, generator: torch.Generator) -> tuple[Cut, Tensor, float
     assert head is not None
     assert head.weight is not None
     assert head.weight_gradient is not None
-    count, factor = view.round.num_examples, 1.0
-    if count == 1:
-        single = head_consistency(view)
-        if single is None or not single.single_example or not single.belongs:
-            raise RuntimeError(
-                "the last layer's gradient is not exactly that of one example and this checkpoint: "
-                "several examples, noise, or another model"
-            )
-        found, labels, factor = single.features[None], torch.tensor([single.label]), single.factor
+    assert head.bias_gradient is not None
+    factor = 1.0
+    if view.round.num_examples == 1:
+        found, label, factor = _single(view, head.bias_gradient)
+        labels = torch.tensor([label])
+        logit_gradient = head.bias_gradient[None] / factor
     else:
         inference = infer_labels(view, generator)
         if inference.features is None:
@@ -239,9 +238,9 @@ def features(view: View, generator: torch.Generator) -> tuple[Cut, Tensor, float
                 "too many, noise, or examples of which the model is certain"
             )
         found, labels = inference.features, inference.labels
-    logit_gradient = head.probabilities(found) - F.one_hot(labels, len(head.weight))
-    if view.victim.loss_function is not cross_entropy_sum:
-        logit_gradient = logit_gradient / count
+        logit_gradient = head.probabilities(found) - F.one_hot(labels, len(head.weight))
+        if view.victim.loss_function is not cross_entropy_sum:
+            logit_gradient = logit_gradient / view.round.num_examples
     explained = factor * logit_gradient.T @ found
     misfit = _rms(explained - head.weight_gradient)
     error = SAFETY * max(head.epsilon * _rms(head.weight_gradient), misfit) / abs(factor)
@@ -252,6 +251,24 @@ def features(view: View, generator: torch.Generator) -> tuple[Cut, Tensor, float
     bounds = (error * spread).clamp(min=arithmetic)[:, None].to(device)
     cut = Cut.around(found.to(device), bounds, (logit_gradient @ head.weight).to(device))
     return cut, labels.to(device), factor
+
+
+def _single(view: View, bias_gradient: Tensor) -> tuple[Tensor, int, float]:
+    """Features (1, F), label and factor of one example.
+
+    A model that is certain of its example leaves probabilities within rounding of 1, and so nothing to
+    check the checkpoint by; the gradient of the logits is what the client computed all the same.
+    """
+    single = head_consistency(view)
+    certain = not view.scale_free and float(bias_gradient.norm()) < CERTAIN
+    if single is None or not single.single_example or not (single.belongs or certain):
+        raise RuntimeError(
+            "the last layer's gradient is not exactly that of one example and this checkpoint: "
+            "several examples, noise, or another model"
+        )
+    if single.belongs:
+        return single.features[None], single.label, single.factor
+    return single.features[None], int(bias_gradient.argmin()), 1.0
 
 
 @dataclass(frozen=True)
