@@ -144,41 +144,39 @@ class Recursive:
         return monitor.result(stopped=stopped, details=details | {"prior": solved.left > 0})
 
     def _smoothest(self, layers: Layers, solved: Descent, labels: Tensor, monitor: Monitor) -> list[Tensor]:
-        """The smoothest x that meet what is known at the cut, the prior weakened in stages; one a pass.
-
-        Behind a ReLU or max-pooling the weight gradients jump where it switches, so two passes lead to the
-        neighbourhood of the solution: one with round corners, sharpened in stages, one with only those
-        equations that are continuous in x (the weight gradients right below the cut).
-        """
+        """The smoothest x that meet what is known at the cut, the prior weakened in stages; one a pass."""
         space = layers.view.victim.space
         grey = torch.full((len(labels), *space.shape), 0.5, dtype=torch.float64, device=labels.device)
-        start = space.encode(grey)
-        top, every = layers.names_at_top(solved), layers.names(solved)
-        weights = _geometric(self.first, self.last, self.stages)
-        late = weights[len(weights) // 2 :]
-        passes = [[Stage(every, weight) for weight in weights]]
-        if layers.has_corners(solved):
-            round_first = [
-                Stage(every, weight, sharpness)
-                for weight, sharpness in zip(
-                    _geometric(ROUND_WEIGHTS[0], ROUND_WEIGHTS[1], self.rounded),
-                    _geometric(SHARPNESS[0], SHARPNESS[1], self.rounded),
-                    strict=True,
-                )
-            ]
-            passes = [[*round_first, *(Stage(every, weight) for weight in late)]]
-            if 0 < len(top) < len(every):
-                passes.append([Stage(top, weight) for weight in weights])
+        passes = self._passes(layers, solved)
         monitor.expect((self.iterations + 1) * sum(map(len, passes)) + len(passes))
         found: list[Tensor] = []
         for stages in passes:
-            x = start
+            x = space.encode(grey)
             for stage in stages:
                 x = self._descend(layers.misfit(solved, stage), stage.weight, x, labels, monitor, space)
                 if monitor.stopped == "budget":
                     return [*found, x]
             found.append(x)
         return found
+
+    def _passes(self, layers: Layers, solved: Descent) -> list[list[Stage]]:
+        """The stages of each pass.
+
+        Behind a ReLU or max-pooling the weight gradients jump where it switches, so two passes lead to the
+        neighbourhood of the solution: one with round corners, sharpened in stages, one with only those
+        equations that are continuous in x (the weight gradients right below the cut).
+        """
+        top, every = layers.names_at_top(solved), layers.names(solved)
+        weights = _geometric(self.first, self.last, self.stages)
+        if not layers.has_corners(solved):
+            return [[Stage(every, weight) for weight in weights]]
+        pairs = zip(
+            _geometric(*ROUND_WEIGHTS, self.rounded), _geometric(*SHARPNESS, self.rounded), strict=True
+        )
+        rounded = [Stage(every, weight, sharpness) for weight, sharpness in pairs]
+        rounded += [Stage(every, weight) for weight in weights[len(weights) // 2 :]]
+        continuous = [Stage(top, weight) for weight in weights]
+        return [rounded, continuous] if 0 < len(top) < len(every) else [rounded]
 
     def _descend(
         self,
@@ -196,8 +194,7 @@ class Recursive:
 
         candidate = Candidate(x, labels=labels)
         lbfgs(candidate, objective, monitor, iterations=self.iterations, history=30, patience=5)
-        assert monitor.best_x is not None
-        return monitor.best_x
+        return x if monitor.best_x is None else monitor.best_x
 
 
 @dataclass(frozen=True)
