@@ -322,9 +322,9 @@ def _finish(result: AuditResult, html: Path | None) -> None:
     from leakaudit.report.folder import write_page
     from leakaudit.report.terminal import print_result
 
-    print_result(result, Console(), result.folder)
     if html is not None:
         write_page(result, html, redact=result.redacted)
+    print_result(result, Console(), result.folder)
     raise typer.Exit(result.exit_code)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import os
 import re
@@ -133,6 +134,21 @@ def test_list_of_something_else(run: Runner) -> None:
 
 
 # ------------------------------------------------------------------ from capture to report
+
+
+def test_the_page_is_written_although_nobody_reads_the_terminal(
+    run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`leakaudit attack ... | head` ends at the first write to a closed pipe."""
+
+    def closed(*_: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("leakaudit.report.terminal.print_result", closed)
+    capture(run, "mlp", "--batch-size", "2")
+    with contextlib.suppress(BrokenPipeError):
+        attack(run, "mlp", "--html", "own.html", "--metric", "mse")
+    assert (tmp_path / "own.html").is_file()
 
 
 def test_capture_inspect_attack_report(run: Runner, tmp_path: Path) -> None:
