@@ -16,7 +16,7 @@ from leakaudit.errors import InputError
 from leakaudit.formats.checkpoint import load_checkpoint, parameters_sha256
 from leakaudit.formats.loading import SharedUpdate, check_checkpoint, load_update
 from leakaudit.formats.manifest import Manifest
-from leakaudit.formats.phrases import first_line
+from leakaudit.formats.phrases import counted, first_line
 from leakaudit.formats.reading import read_file
 from leakaudit.inspection import Inspection, inspect_update
 from leakaudit.models.victim import Victim
@@ -229,6 +229,12 @@ def read_truth(path: str | Path, view: View) -> PrivateBatch:
     if tuple(truth.pixels.shape[1:]) != view.victim.space.shape:
         raise InputError(
             f"{path} holds images of shape {tuple(truth.pixels.shape[1:])}, the model takes {view.victim.space.shape}"
+        )
+    stated = view.knowledge.batch_size
+    if stated.status == "known" and len(truth.pixels) != stated.value:
+        raise InputError(
+            f"{path} holds {counted(len(truth.pixels), 'image')}, the update is of "
+            f"{counted(int(stated.value), 'example')} (manifest or --batch-size)"
         )
     return truth
 

@@ -136,6 +136,18 @@ def test_list_of_something_else(run: Runner) -> None:
 # ------------------------------------------------------------------ from capture to report
 
 
+def test_a_truth_of_another_number_of_images(run: Runner, tmp_path: Path) -> None:
+    capture(run, "mlp", "--batch-size", "2")
+    (tmp_path / "truth.safetensors").rename(tmp_path / "two.safetensors")
+    (tmp_path / "shared.safetensors").unlink()
+    (tmp_path / "model.safetensors").unlink()
+    capture(run, "mlp", "--batch-size", "1")
+    done = attack(run, "mlp", "--truth", "two.safetensors")
+    assert done.code == 2
+    assert "two.safetensors holds 2 images, the update is of 1 example" in words(done.err)
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_page_is_written_although_nobody_reads_the_terminal(
     run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
