@@ -1,4 +1,4 @@
-"""The demo: bundled photos, three small models, and a report of what their gradients give away."""
+"""The demo: bundled photos, two small models, and a report of what their gradients give away."""
 
 from __future__ import annotations
 
@@ -29,9 +29,6 @@ BUDGET = 90.0
 
 SCENES = (
     Scene("batch", "Four photos behind a fully connected network", "mlp:width=512", 4, ("linear",)),
-    Scene(
-        "relu", "Two photos in one batch behind a LeNet with ReLU", "lenet:activation=relu", 2, ("recursive",)
-    ),
     Scene(
         "photo",
         "One photo behind the LeNet of Deep Leakage from Gradients",
