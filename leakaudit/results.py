@@ -66,8 +66,22 @@ class Score(Value):
     reason: str = ""
 
 
+class Token(Value):
+    """One token as text; `right` says whether it stands where the truth has it, None without the truth.
+
+    `special` tokens are those the tokenizer adds by itself.
+    """
+
+    text: str
+    right: bool | None = None
+    special: bool = False
+
+
 class ExampleScores(Value):
-    """One private example and the reconstruction matched to it."""
+    """One private example and the reconstruction matched to it.
+
+    Images have paths of pictures, sentences have tokens.
+    """
 
     index: int
     matched: int
@@ -77,14 +91,17 @@ class ExampleScores(Value):
     original: str | None = None
     reconstruction: str | None = None
     difference: str | None = None
+    original_tokens: list[Token] | None = None
+    recovered_tokens: list[Token] | None = None
 
 
 class Frame(Value):
-    """One picture of the film strip: the whole batch at one iteration."""
+    """The whole batch at one iteration: one picture of the film strip, or its sentences."""
 
     iteration: int
     loss: float
-    image: str
+    image: str | None = None
+    sentences: list[list[Token]] = Field(default_factory=list)
 
 
 class Verification(Value):
@@ -190,12 +207,15 @@ class Verdict(Value):
 
 
 class ModelSummary(Value):
+    """`task` is that of a language model: classification, mlm or causal-lm."""
+
     name: str
     parameters: int
     num_classes: int
     input_shape: list[int]
     mode: str
     checkpoint: str | None = None
+    task: str | None = None
 
 
 class RoundSummary(Value):
@@ -210,6 +230,7 @@ class AuditResult(Value):
 
     schema_version: Literal[1] = 1
     created: str
+    medium: Literal["images", "text"] = "images"
     command: str
     seed: int
     model: ModelSummary

@@ -1,16 +1,25 @@
 """Where candidates live.
 
 A *space* says how a model input is drawn at random, kept inside its box, and
-shown to a person.  Attacks work on model inputs (normalised pixels); `decode`
-turns them into pixels in [0, 1].
+shown to a person.  Attacks work on model inputs: normalised pixels, which `Pixels.decode`
+turns into pixels in [0, 1], or token numbers, which `Tokens.decode` turns into text.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NO_TOKEN = -1
+"""Fills up the rows of a batch of sentences; no token of any vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -69,3 +78,62 @@ class Pixels:
     def sample(self, count: int, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
         """Standard normal model inputs, (count, C, H, W), on the generator's device."""
         return torch.randn((count, *self.shape), generator=generator, dtype=dtype, device=generator.device)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Sentences as token numbers, (N, L) int64; short rows end in `NO_TOKEN`.
+
+    Attributes:
+        vocabulary: rows of the word embedding; tokens are 0 .. vocabulary - 1.
+        max_length: tokens of a sentence at most, special ones included.
+        tokenizer: None where the model has none; sentences are then shown as numbers.
+    """
+
+    vocabulary: int
+    max_length: int
+    tokenizer: PreTrainedTokenizerBase | None = field(default=None, repr=False)
+
+    @property
+    def shape(self) -> tuple[int]:
+        return (self.max_length,)
+
+    @property
+    def unknowns(self) -> int:
+        """Tokens to find per example, at most."""
+        return self.max_length
+
+    @property
+    def special(self) -> frozenset[int]:
+        """Tokens that the tokenizer adds by itself ([CLS], [SEP], [MASK], <|endoftext|>, ...)."""
+        return frozenset(() if self.tokenizer is None else self.tokenizer.all_special_ids)
+
+    def pieces(self, row: Tensor) -> list[str]:
+        """The tokens of one sentence (L,), each as text; `NO_TOKEN` is left out."""
+        numbers = [int(number) for number in row if number != NO_TOKEN]
+        if self.tokenizer is None:
+            return [f"#{number}" for number in numbers]
+        names = self.tokenizer.convert_ids_to_tokens(numbers)
+        return [f"#{n}" if name is None else name for n, name in zip(numbers, names, strict=True)]
+
+    def decode(self, sentences: Tensor) -> list[str]:
+        """(N, L) token numbers as text, without special tokens."""
+        if self.tokenizer is None:
+            return [" ".join(self.pieces(row)) for row in sentences]
+        rows = [[int(number) for number in row if number != NO_TOKEN] for row in sentences]
+        return [str(self.tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
+
+    def encode(self, texts: Sequence[str]) -> tuple[Tensor, list[int]]:
+        """Sentences as (N, L) token numbers with the tokenizer's special tokens, and the indices of those
+        that were cut off at `max_length`.  Needs a tokenizer."""
+        assert self.tokenizer is not None
+        whole = self.tokenizer(list(texts), verbose=False)["input_ids"]
+        cut = self.tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"]
+        return stack_sentences(cut), [i for i, row in enumerate(whole) if len(row) > len(cut[i])]
+
+
+def stack_sentences(rows: Sequence[Sequence[int]]) -> Tensor:
+    """Token numbers of several sentences as one (N, L) int64 tensor, filled up with `NO_TOKEN`."""
+    return pad_sequence(
+        [torch.tensor(row, dtype=torch.int64) for row in rows], batch_first=True, padding_value=NO_TOKEN
+    )

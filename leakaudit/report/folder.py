@@ -110,7 +110,7 @@ def picture_names(result: AuditResult) -> Iterator[str]:
     """Every picture the result names, as written there."""
     for trial in result.trials:
         for frame in trial.strip:
-            yield frame.image
+            yield from filter(None, (frame.image,))
         for example in trial.examples:
             yield from filter(None, (example.original, example.reconstruction, example.difference))
 
