@@ -137,7 +137,8 @@ class View:
         gives sqrt(1 - cos^2), or 1 when the cosine is not positive.
         """
         dtype = self.victim.dtype
-        simulated = self.simulate(x.to(dtype), y.to(dtype) if y.is_floating_point() else y).detach()
+        x, y = (tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in (x, y))
+        simulated = self.simulate(x, y).detach()
         simulated, observed = simulated.to(torch.float64), self.observed.to(torch.float64)
         length = observed.norm()
         if self.scale_free:

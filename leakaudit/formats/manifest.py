@@ -43,6 +43,7 @@ class Manifest(BaseModel):
     loss, reduction: "cross-entropy", "mean" or "sum".
     mode: "train" or "eval" of the module while the gradient was taken.
     normalisation, input_shape (C, H, W), num_classes, model, checkpoint_sha256: the model.
+    task, lora: of a language model, see `leakaudit.models.language`.
     defenses: specs applied before sharing, in order; [] says none were.
     noise_std: standard deviation of added noise per number, in units of the pseudo-gradient.
     parameter_order: names in the order the module lists them (safetensors sorts its keys).
@@ -65,6 +66,8 @@ class Manifest(BaseModel):
     normalisation: Normalisation | None = None
     input_shape: tuple[Positive, Positive, Positive] | None = None
     num_classes: Positive | None = None
+    task: Literal["classification", "mlm", "causal-lm"] | None = None
+    lora: str | None = None
     model: str | None = None
     checkpoint_sha256: str | None = None
     defenses: tuple[str, ...] | None = None

@@ -3,6 +3,7 @@
     lenet:activation=gelu,init=uniform
     resnet20
     torchvision:squeezenet1_1,weights=IMAGENET1K_V1
+    hf:sentence-transformers/all-MiniLM-L6-v2
     path/to/file.py:factory          installed_package.module:factory
 
 A user's code runs only when its spec is passed; nothing else is imported or executed.
@@ -401,10 +402,13 @@ def load_victim(
     loss: str = "cross-entropy",
     reduction: str = "mean",
     seed: int = 0,
+    task: str | None = None,
+    lora: str | None = None,
 ) -> Victim:
     """The model under audit: built, loaded from its checkpoint, and wrapped.
 
     Args:
+        task, lora: of a language model, `hf:NAME_OR_FOLDER`; see `leakaudit.models.language`.
         checkpoint: file for `leakaudit.formats.checkpoint`; None for fresh parameters from `seed`.
         num_classes, input_shape: when None, what the checkpoint's shapes say (`infer_shapes`),
             or the model's own.
@@ -413,6 +417,22 @@ def load_victim(
 
     Raises `InputError` for anything that does not fit together.
     """
+    if spec.startswith("hf:"):
+        from leakaudit.models.language import load_language_victim  # transformers, which images do without
+
+        return load_language_victim(
+            spec,
+            task,
+            checkpoint=checkpoint,
+            lora=lora,
+            num_classes=num_classes,
+            mode=mode,
+            loss=loss,
+            reduction=reduction,
+            seed=seed,
+        )
+    if task is not None or lora is not None:
+        raise InputError(f"task and lora are of language models; {spec} takes images")
     source = resolve(spec)
     if checkpoint is not None:
         num_classes, input_shape = infer_shapes(source, read_state_dict(checkpoint), num_classes, input_shape)

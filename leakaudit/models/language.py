@@ -1,0 +1,340 @@
+"""Language models under audit: transformers' classes and tokenizers, `hf:NAME_OR_FOLDER`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from logging import ERROR
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from leakaudit.errors import InputError
+from leakaudit.formats.checkpoint import load_checkpoint
+from leakaudit.formats.phrases import first_line
+from leakaudit.models.architectures import ARCHITECTURES, Architecture
+from leakaudit.models.lora import Lora, attach
+from leakaudit.models.spaces import NO_TOKEN, Tokens
+from leakaudit.models.victim import LOSSES, Mode, Params, Victim
+from leakaudit.spec import suggest
+
+Task = Literal["classification", "mlm", "causal-lm"]
+TASKS: tuple[Task, ...] = get_args(Task)
+IGNORED = -100
+"""Label of a position that the loss leaves out, as in transformers."""
+
+_CLASSES: dict[Task, Any] = {
+    "classification": AutoModelForSequenceClassification,
+    "mlm": AutoModelForMaskedLM,
+    "causal-lm": AutoModelForCausalLM,
+}
+
+
+@dataclass(frozen=True)
+class LanguageVictim(Victim):
+    """A language model, its checkpoint and its loss.
+
+    Model inputs x are token numbers (N, L) int64, short rows filled up with `NO_TOKEN`; or embeddings
+    (N, L, H) floating point in place of the word embedding's rows, short rows filled up with NaN.
+    Labels y are (N,) integers or (N, K) probabilities for classification, else (N, L) token numbers with
+    `IGNORED` where the loss takes nothing; for causal-lm they stand where the tokens do and are shifted
+    here.  The loss is the mean (or sum) over examples, or over all labelled positions of the batch.
+
+    Dropout is off in eval mode, which attacks use; in train mode it draws from torch's generator.
+
+    Attributes:
+        task: what the head does.
+        architecture: None for a family that is not in `ARCHITECTURES`.
+        fresh: parameters that the checkpoint did not hold and that were initialised at random.
+    """
+
+    module: PreTrainedModel
+    space: Tokens  # type: ignore[assignment]  # image attacks never see this victim, see leakaudit.media
+    task: Task = "classification"
+    architecture: Architecture | None = None
+    fresh: tuple[str, ...] = ()
+
+    def with_mode(self, mode: Mode) -> LanguageVictim:
+        return replace(self, module=copy.deepcopy(self.module).train(mode == "train"), mode=mode)
+
+    def logits(self, params: Params, x: Tensor) -> Tensor:
+        """(N, K) class scores, or (N, L, V) token scores."""
+        if x.is_floating_point():
+            there = ~x.isnan().any(dim=-1)
+            inputs = {"inputs_embeds": x.where(there[..., None], 0.0)}
+        else:
+            there = x != NO_TOKEN
+            inputs = {"input_ids": x.where(there, self.filler)}
+        tensors = (dict(params), self.frozen, self.buffers)
+        found = functional_call(self.module, tensors, (), {**inputs, "attention_mask": there.long()})
+        return found.logits
+
+    def loss(self, params: Params, x: Tensor, y: Tensor) -> Tensor:
+        logits = self.logits(params, x)
+        if self.task == "classification":
+            return self.loss_function(logits, y)
+        if self.task == "causal-lm":
+            logits, y = logits[:, :-1], y[:, 1:]
+        labelled = y != IGNORED
+        return self.loss_function(logits[labelled], y[labelled])
+
+    def probe(self, count: int = 2) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        length = min(8, self.space.max_length)
+        return torch.randint(self.space.vocabulary, (count, length), generator=generator).to(self.device)
+
+    @property
+    def filler(self) -> int:
+        """The token that stands, masked, where a short sentence has none."""
+        return _padding(self.module)
+
+    @property
+    def hidden(self) -> int:
+        """Width of the word embedding."""
+        return self.word_rows.shape[1]
+
+    @property
+    def word_rows(self) -> Tensor:
+        """The word embedding's weight (V, H)."""
+        return {**self.params, **self.frozen}[self.word]
+
+    @property
+    def word(self) -> str:
+        """Name of the word embedding's weight."""
+        return self._name_of(_word_rows(self.module))
+
+    @property
+    def position(self) -> str | None:
+        """Name of the learnt absolute positions' weight; None for a model without, or an unknown one."""
+        if self.architecture is None or self.architecture.position is None:
+            return None
+        embedding = self._base.get_submodule(self.architecture.position)
+        return self._name_of(cast(Tensor, embedding.weight))
+
+    @property
+    def first_position(self) -> int:
+        """Row of the position embedding that belongs to the first token."""
+        offset = None if self.architecture is None else self.architecture.offset
+        return offset if offset is not None else self.filler + 1
+
+    @property
+    def output(self) -> tuple[str, str | None] | None:
+        """Names of weight (V, H) and bias (V,) of the layer that scores tokens; None for classification.
+
+        The weight is the word embedding's where they are tied.
+        """
+        module: Any = self.module
+        layer = module.get_output_embeddings() if self.task != "classification" else None
+        if layer is None:
+            return None
+        return self._name_of(layer.weight), None if layer.bias is None else self._name_of(layer.bias)
+
+    @property
+    def tied(self) -> bool:
+        """Whether the gradient of the word embedding also comes from the scores of tokens."""
+        return self.output is not None and self.output[0] == self.word
+
+    @property
+    def depth(self) -> int:
+        """Transformer blocks; 0 for an unknown architecture."""
+        if self.architecture is None:
+            return 0
+        return len(cast(nn.ModuleList, self._base.get_submodule(self.architecture.layers)))
+
+    def projections(self, layer: int) -> list[tuple[str, nn.Module]]:
+        """(name, module) of the attention input projections of a block."""
+        assert self.architecture is not None
+        names = {id(module): name for name, module in self.module.named_modules()}
+        block = self._base.get_submodule(f"{self.architecture.layers}.{layer}")
+        found = [block.get_submodule(path) for path in self.architecture.projections]
+        return [(names[id(module)], module) for module in found]
+
+    def attention_inputs(self, x: Tensor, layer: int) -> Tensor:
+        """What enters the attention of block `layer`, (N, L, H), without gradient; later blocks do not run."""
+        kept: list[Tensor] = []
+
+        def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            kept.append(inputs[0])
+            raise _Enough
+
+        handle = self.projections(layer)[0][1].register_forward_pre_hook(keep)
+        try:
+            with torch.no_grad():
+                self.logits(self.params, x)
+        except _Enough:
+            pass
+        finally:
+            handle.remove()
+        return kept[0]
+
+    @property
+    def _base(self) -> nn.Module:
+        return self.module.base_model
+
+    def _name_of(self, weight: Tensor) -> str:
+        return next(name for name, tensor in self.module.named_parameters() if tensor is weight)
+
+
+class _Enough(Exception):
+    """Ends a forward pass whose rest is not needed."""
+
+
+def load_language_victim(
+    spec: str,
+    task: str | None,
+    *,
+    checkpoint: str | Path | None = None,
+    lora: str | None = None,
+    num_classes: int | None = None,
+    mode: Mode = "eval",
+    loss: str = "cross-entropy",
+    reduction: str = "mean",
+    seed: int = 0,
+) -> LanguageVictim:
+    """`hf:NAME_OR_FOLDER` for a task, from the hub or a folder, never with code of its own.
+
+    Args:
+        task: one of `TASKS`.
+        checkpoint: a state dict to load over it.
+        lora: see `leakaudit.models.lora.parse_lora`; the base model is frozen then.
+        num_classes: of classification; None for what the model's configuration says.
+        seed: of parameters that the files do not hold, such as a new head.
+
+    Raises `InputError` for a model or tokenizer that cannot be had or do not belong together.
+    """
+    if task not in _CLASSES:
+        given = "no task given" if task is None else f"unknown task {task!r}{suggest(task, TASKS)}"
+        raise InputError(f"{given} for model {spec}; accepted by --task: {', '.join(TASKS)}")
+    name = spec.removeprefix("hf:").strip()
+    with _quiet(), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        config = _pretrained(AutoConfig, name, "configuration")
+        if task == "classification" and num_classes is not None:
+            config.num_labels = num_classes
+        module, info = _pretrained(
+            _CLASSES[task],
+            name,
+            f"{task} model",
+            config=config,
+            attn_implementation="eager",
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+        adapter = None if lora is None else Lora.parse(lora)
+        if adapter is not None:
+            attach(module, adapter, head=_head(module, task))
+    if checkpoint is not None:
+        load_checkpoint(module, checkpoint)
+    module.config.pad_token_id = _padding(module)
+    fresh = () if checkpoint is not None else tuple(sorted(info["missing_keys"]))
+    victim = language_victim(module, _tokenizer(name), task, mode, loss, reduction, name=spec)
+    return replace(victim, fresh=fresh)
+
+
+def language_victim(
+    module: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    task: Task,
+    mode: Mode = "eval",
+    loss: str = "cross-entropy",
+    reduction: str = "mean",
+    name: str = "model",
+) -> LanguageVictim:
+    """A transformers module, copied, as a victim; `InputError` for a tokenizer of another vocabulary."""
+    if (loss, reduction) not in LOSSES:
+        known = ", ".join("/".join(key) for key in LOSSES)
+        raise InputError(f"loss {loss}/{reduction} is not supported; accepted: {known}")
+    module = copy.deepcopy(module).train(mode == "train")
+    config: Any = module.config
+    vocabulary = _word_rows(module).shape[0]
+    if tokenizer is not None and len(tokenizer) > vocabulary:
+        raise InputError(
+            f"the tokenizer of {name} has {len(tokenizer):,} tokens, the model takes {vocabulary:,};"
+            " accepted: the tokenizer the model was trained with"
+        )
+    architecture = ARCHITECTURES.get(config.model_type)
+    return LanguageVictim(
+        module=module,
+        params={name: p.detach() for name, p in module.named_parameters() if p.requires_grad},
+        frozen={name: p.detach() for name, p in module.named_parameters() if not p.requires_grad},
+        buffers={name: b.detach() for name, b in module.named_buffers()},
+        space=Tokens(vocabulary, _max_length(module, tokenizer, architecture), tokenizer),
+        num_classes=int(config.num_labels) if task == "classification" else vocabulary,
+        mode=mode,
+        loss_function=LOSSES[loss, reduction],
+        name=name,
+        task=task,
+        architecture=architecture,
+    )
+
+
+def _word_rows(module: PreTrainedModel) -> Tensor:
+    return cast(Tensor, module.get_input_embeddings().weight)
+
+
+def _max_length(
+    module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, architecture: Architecture | None
+) -> int:
+    limit = int(getattr(module.config, "max_position_embeddings", 512))
+    if architecture is not None and architecture.offset is None:
+        limit -= _padding(module) + 1
+    return limit if tokenizer is None else min(limit, tokenizer.model_max_length)
+
+
+def _padding(module: PreTrainedModel) -> int:
+    token = getattr(module.config, "pad_token_id", None)
+    return 0 if token is None else int(token)
+
+
+def _head(module: PreTrainedModel, task: Task) -> tuple[str, ...]:
+    """Parameters outside the base model of a classifier, which LoRA trains in full, as PEFT does."""
+    if task != "classification":
+        return ()
+    prefix = f"{module.base_model_prefix}."
+    return tuple(name for name, _ in module.named_parameters() if not name.startswith(prefix))
+
+
+def _tokenizer(name: str) -> PreTrainedTokenizerBase | None:
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError):
+        return None
+
+
+def _pretrained(kind: Any, name: str, what: str, **options: Any) -> Any:
+    try:
+        return kind.from_pretrained(name, trust_remote_code=False, **options)
+    except Exception as error:  # the hub, the network, the files: all of them fail in their own ways
+        raise InputError(
+            f"hf:{name}: its {what} cannot be had ({first_line(error)}); accepted: a model of the hub (needs a"
+            " network or HF_HOME) or a folder written by save_pretrained"
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' reports on loading; what was freshly initialised is in `LanguageVictim.fresh`."""
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(ERROR)
+    show_bars: Any = (logging.disable_progress_bar, logging.enable_progress_bar)
+    show_bars[False]()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        show_bars[bars]()
