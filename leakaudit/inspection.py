@@ -287,13 +287,9 @@ def _natural_zeros(view: View, names: list[str]) -> dict[str, bool]:
     """Whether the gradient of one random input has scattered zeros, for each named weight."""
     if not names:
         return {}
-    update = view.simulate(view.victim.probe(view.round.num_examples), _any_labels(view)).detach()
+    victim, count = view.victim, view.round.num_examples
+    update = view.simulate(victim.probe(count), victim.probe_labels(count)).detach()
     return {name: bool((_live_block(update[name]) == 0).any()) for name in names}
-
-
-def _any_labels(view: View) -> Tensor:
-    labels = torch.arange(view.round.num_examples, device=view.victim.device)
-    return labels % view.victim.num_classes
 
 
 def _all_over(live: Tensor) -> bool:

@@ -61,6 +61,7 @@ class LanguageVictim(Victim):
         task: what the head does.
         architecture: None for a family that is not in `ARCHITECTURES`.
         fresh: parameters that the checkpoint did not hold and that were initialised at random.
+        lora: the adapters, as `leakaudit.models.lora.Lora.parse` takes them; None without.
     """
 
     module: PreTrainedModel
@@ -68,6 +69,7 @@ class LanguageVictim(Victim):
     task: Task = "classification"
     architecture: Architecture | None = None
     fresh: tuple[str, ...] = ()
+    lora: str | None = None
 
     def with_mode(self, mode: Mode) -> LanguageVictim:
         return replace(self, module=copy.deepcopy(self.module).train(mode == "train"), mode=mode)
@@ -93,10 +95,24 @@ class LanguageVictim(Victim):
         labelled = y != IGNORED
         return self.loss_function(logits[labelled], y[labelled])
 
-    def probe(self, count: int = 2) -> Tensor:
-        generator = torch.Generator().manual_seed(0)
-        length = min(8, self.space.max_length)
-        return torch.randint(self.space.vocabulary, (count, length), generator=generator).to(self.device)
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+        return self.space.sample(count, generator).to(self.device)
+
+    def probe_labels(self, count: int) -> Tensor:
+        return super().probe_labels(count) if self.task == "classification" else self.probe(count)
+
+    @property
+    def normalisation(self) -> None:
+        """Tokens have none."""
+        return None
+
+    @property
+    def mode_matters(self) -> bool:
+        """Whether dropout, of modules or of functions, changes the outputs in train mode."""
+        module, probe = self.with_mode("train"), self.probe()
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            return not torch.equal(module.logits(self.params, probe), module.logits(self.params, probe))
 
     @property
     def filler(self) -> int:
@@ -243,7 +259,7 @@ def load_language_victim(
     module.config.pad_token_id = _padding(module)
     fresh = () if checkpoint is not None else tuple(sorted(info["missing_keys"]))
     victim = language_victim(module, _tokenizer(name), task, mode, loss, reduction, name=spec)
-    return replace(victim, fresh=fresh)
+    return replace(victim, fresh=fresh, lora=lora)
 
 
 def language_victim(
