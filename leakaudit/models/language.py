@@ -299,6 +299,34 @@ def language_victim(
     )
 
 
+def victim_of_pretrained(
+    module: nn.Module,
+    task: Task,
+    checkpoint: str | Path | None = None,
+    loss: str = "cross-entropy",
+    reduction: str = "mean",
+) -> LanguageVictim:
+    """A user's own transformers module, copied, with the tokenizer of where it was loaded from, if any.
+
+    Raises `InputError` for a module that is not transformers', or does not do the task.
+    """
+    name = type(module).__name__
+    if not isinstance(module, PreTrainedModel):
+        raise InputError(f"task {task} is of language models; {name} is no model of transformers")
+    if checkpoint is not None:
+        load_checkpoint(module, checkpoint)
+    origin = module.name_or_path
+    tokenizer = _tokenizer(origin) if origin else None
+    victim = language_victim(module, tokenizer, task, "eval", loss, reduction, name=name)
+    victim.module.set_attn_implementation("eager")  # others cannot be differentiated twice
+    victim.module.config.pad_token_id = victim.filler
+    with torch.no_grad():
+        shape = tuple(victim.logits(victim.params, victim.probe()).shape)
+    if (len(shape) == 2) != (task == "classification"):
+        raise InputError(f"{name} returns scores of shape {shape}, which do not fit task {task}")
+    return victim
+
+
 def _word_rows(module: PreTrainedModel) -> Tensor:
     return cast(Tensor, module.get_input_embeddings().weight)
 
