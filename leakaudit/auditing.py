@@ -228,7 +228,7 @@ def _positive_control(
     outcomes, _ = run_attacks(control, plan, folder / "attempts", on_progress)
     if outcomes[0].status == "interrupted":
         return _no_control("it was interrupted")
-    yardstick = Yardstick(example, None, settings.metrics, settings.policy, plan.seed)
+    yardstick: Yardstick[Any, Any] = Yardstick(example, None, settings.metrics, settings.policy, plan.seed)
     trial = illustrate(medium, outcomes[0], control, yardstick, folder / "control", best=False)
     broken = settings.policy.broken_by(example.scores for example in trial.examples)
     verdict = "succeeded" if broken else "failed too, so its failure above says nothing"

@@ -113,9 +113,7 @@ def thinned(frames: list[Frame], most: int = MOST_FRAMES) -> list[Frame]:
     return [frames[round(i * (len(frames) - 1) / (most - 1))] for i in range(most)]
 
 
-def _attempt(
-    medium: Medium[T, P], attempt: Measured, view: View, yardstick: Yardstick[T, P]
-) -> Attempt:
+def _attempt(medium: Medium[T, P], attempt: Measured, view: View, yardstick: Yardstick[T, P]) -> Attempt:
     found = attempt.found
     return Attempt(
         restart=attempt.restart,
@@ -129,9 +127,7 @@ def _attempt(
     )
 
 
-def _succeeded(
-    medium: Medium[T, P], attempt: Measured, view: View, yardstick: Yardstick[T, P]
-) -> bool:
+def _succeeded(medium: Medium[T, P], attempt: Measured, view: View, yardstick: Yardstick[T, P]) -> bool:
     """With the truth: the policy is broken.  Without: the update is matched."""
     if yardstick.truth is None:
         return attempt.residual < MATCHED

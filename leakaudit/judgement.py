@@ -99,7 +99,9 @@ def judge(
             policy=text,
         )
     proven = [
-        finding.text for finding in findings if finding.severity == "leak" and finding.data.get("proven") is True
+        finding.text
+        for finding in findings
+        if finding.severity == "leak" and finding.data.get("proven") is True
     ]
     if not truth_known and proven:
         return Verdict(status="leaks", headline=nouns.proven, reasons=proven, policy=text)

@@ -240,7 +240,9 @@ def learn(view: View, inspection: Inspection) -> View:
 def _labels(labels: Sequence[int], victim: Victim) -> Tensor:
     task = medium_of(victim).task(victim)
     if task not in (None, "classification"):
-        raise InputError(f"labels are of classification; those of task {task} are the private tokens themselves")
+        raise InputError(
+            f"labels are of classification; those of task {task} are the private tokens themselves"
+        )
     wrong = [label for label in labels if not 0 <= label < victim.num_classes]
     if wrong:
         raise InputError(f"label {wrong[0]} is not a class; accepted: 0 to {victim.num_classes - 1}")

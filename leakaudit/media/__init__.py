@@ -5,9 +5,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from leakaudit.media.base import Exhibit, Medium, MediumName
+from leakaudit.media.base import Exhibit, Medium
 from leakaudit.models.spaces import Pixels, Tokens
 from leakaudit.models.victim import Victim
+from leakaudit.policy import Medium as MediumName
 
 __all__ = ["Exhibit", "Medium", "MediumName", "medium_of"]
 

@@ -55,8 +55,30 @@ class Medium(Protocol[T, P]):
         """Names of the scores to measure where nobody says otherwise."""
 
     @property
+    def known_metrics(self) -> tuple[str, ...]:
+        """Names of all scores."""
+
+    @property
     def facts_left_out(self) -> frozenset[str]:
         """Fields of `Knowledge` that mean nothing here."""
+
+    def load(
+        self,
+        source: str | Path,
+        victim: Victim,
+        count: int,
+        *,
+        start: int = 0,
+        max_length: int | None = None,
+        seed: int = 0,
+    ) -> T:
+        """`count` private examples from `start` on; `max_length` is of sentences."""
+
+    def save_truth(self, path: str | Path, batch: T) -> None:
+        """Write a private batch to a truth file."""
+
+    def advice(self, victim: Victim, *, saved: bool) -> list[str]:
+        """What a client that captured an update should know; `saved`: the model was written too."""
 
     def tensors(self, victim: Victim, batch: T) -> tuple[Tensor, Tensor]:
         """Model inputs x and labels y of a private batch; `InputError` when it does not fit the model."""
@@ -87,7 +109,9 @@ class Medium(Protocol[T, P]):
     ) -> Inspection:
         """See `leakaudit.inspection.inspect_update`."""
 
-    def settle(self, view: View, seed: int, on_step: OnStep | None, budget: float | None) -> tuple[View, Sweep]:
+    def settle(
+        self, view: View, seed: int, on_step: OnStep | None, budget: float | None
+    ) -> tuple[View, Sweep]:
         """Find out what the manifest does not say; see `leakaudit.hypotheses.settle`."""
 
     def verify(self, view: View, x: Tensor, y: Tensor) -> Verification:

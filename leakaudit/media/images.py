@@ -11,7 +11,7 @@ from torch import Tensor
 
 from leakaudit.attacks.base import OnStep, Reconstruction
 from leakaudit.attacks.registry import AUTO
-from leakaudit.data import PrivateBatch, control_photos, load_batch, load_truth
+from leakaudit.data import PrivateBatch, control_photos, load_batch, load_truth, save_truth
 from leakaudit.errors import InputError
 from leakaudit.formats.manifest import Manifest
 from leakaudit.formats.phrases import counted
@@ -38,9 +38,28 @@ class Images:
     specimen: ClassVar[str] = "photo"
     auto: ClassVar[tuple[str, ...]] = AUTO
     metrics: ClassVar[tuple[str, ...]] = DEFAULT_METRICS
+    known_metrics: ClassVar[tuple[str, ...]] = tuple(METRICS)
     facts_left_out: ClassVar[frozenset[str]] = frozenset()
 
     inspect = staticmethod(inspect_update)
+
+    def load(
+        self,
+        source: str | Path,
+        victim: Victim,
+        count: int,
+        *,
+        start: int = 0,
+        max_length: int | None = None,
+        seed: int = 0,
+    ) -> PrivateBatch:
+        return load_batch(source, victim.space.shape, count, start=start, classes=victim.num_classes)
+
+    def save_truth(self, path: str | Path, batch: PrivateBatch) -> None:
+        save_truth(path, batch)
+
+    def advice(self, victim: Victim, *, saved: bool) -> list[str]:
+        return []
 
     def tensors(self, victim: Victim, batch: PrivateBatch) -> tuple[Tensor, Tensor]:
         shape = tuple(batch.pixels.shape[1:])
@@ -85,7 +104,9 @@ class Images:
     def remarks(self, victim: Victim, manifest: Manifest) -> list[Finding]:
         return []
 
-    def settle(self, view: View, seed: int, on_step: OnStep | None, budget: float | None) -> tuple[View, Sweep]:
+    def settle(
+        self, view: View, seed: int, on_step: OnStep | None, budget: float | None
+    ) -> tuple[View, Sweep]:
         return settle(view, seed, on_step, budget)
 
     def verify(self, view: View, x: Tensor, y: Tensor) -> Verification:

@@ -28,7 +28,15 @@ from leakaudit.models.spaces import NO_TOKEN
 from leakaudit.models.victim import Victim
 from leakaudit.randomness import fork
 from leakaudit.results import ExampleScores, Finding, Frame, Verification
-from leakaudit.text_data import PrivateText, fill_masks, load_truth, private_text, read_sentences
+from leakaudit.text_data import (
+    PrivateText,
+    fill_masks,
+    load_text,
+    load_truth,
+    private_text,
+    read_sentences,
+    save_truth,
+)
 from leakaudit.text_inspection import inspect_text
 from leakaudit.text_metrics import DEFAULT_TEXT_METRICS, TEXT_METRICS, marks, score_sentences
 from leakaudit.text_verification import verify_text
@@ -44,7 +52,42 @@ class Text:
     specimen: ClassVar[str] = "sentence"
     auto: ClassVar[tuple[str, ...]] = TEXT_AUTO
     metrics: ClassVar[tuple[str, ...]] = DEFAULT_TEXT_METRICS
+    known_metrics: ClassVar[tuple[str, ...]] = tuple(TEXT_METRICS)
     facts_left_out: ClassVar[frozenset[str]] = frozenset({"normalisation", "statistics"})
+
+    def load(
+        self,
+        source: str | Path,
+        victim: Victim,
+        count: int,
+        *,
+        start: int = 0,
+        max_length: int | None = None,
+        seed: int = 0,
+    ) -> PrivateText:
+        victim = _language(victim)
+        return load_text(
+            source,
+            victim.space,
+            victim.task,
+            count,
+            start=start,
+            num_classes=victim.num_classes if victim.task == "classification" else None,
+            max_length=max_length,
+            seed=seed,
+        )
+
+    def save_truth(self, path: str | Path, batch: PrivateText) -> None:
+        save_truth(path, batch)
+
+    def advice(self, victim: Victim, *, saved: bool) -> list[str]:
+        fresh = _language(victim).fresh
+        if not fresh or saved:
+            return []
+        return [
+            f"Not in the files of {victim.name}, so initialised at random: {listing(fresh)}. An attack without the"
+            " client's model (--save-model) repeats that for seed 0 only."
+        ]
 
     def tensors(self, victim: Victim, batch: PrivateText) -> tuple[Tensor, Tensor]:
         victim = _language(victim)
@@ -84,7 +127,9 @@ class Text:
                 f"The files of {victim.name} hold no {listing(victim.fresh)}: initialised at random (seed 0),"
                 " which must be what the client did; else pass the client's model as --checkpoint."
             )
-            found.append(Finding(name="fresh parameters", severity="info", text=text, data={"names": victim.fresh}))
+            found.append(
+                Finding(name="fresh parameters", severity="info", text=text, data={"names": victim.fresh})
+            )
         if manifest.mode == "train" and victim.mode_matters:
             text = (
                 "The client trained with dropout, whose masks nobody else knows: the attacks simulate the model"
@@ -104,7 +149,9 @@ class Text:
     ) -> Inspection:
         return inspect_text(view, generator=generator, raw=raw, dtypes=dtypes)
 
-    def settle(self, view: View, seed: int, on_step: OnStep | None, budget: float | None) -> tuple[View, Sweep]:
+    def settle(
+        self, view: View, seed: int, on_step: OnStep | None, budget: float | None
+    ) -> tuple[View, Sweep]:
         """Nothing is tried: local steps stay one unless stated."""
         return view, Sweep()
 
@@ -166,9 +213,7 @@ class Text:
                 true_label=truth.label_name(i),
                 recovered_label=None if classes is None or j < 0 else truth.class_name(int(classes[j])),
                 scores=scored.per_example[i],
-                original_tokens=None
-                if yardstick.redact
-                else marks(truth.sentences[i], None, victim.space),
+                original_tokens=None if yardstick.redact else marks(truth.sentences[i], None, victim.space),
                 recovered_tokens=None if j < 0 else marks(sentences[j], truth.sentences[i], victim.space),
             )
             for i, j in enumerate(scored.matched)

@@ -30,7 +30,7 @@ from leakaudit.formats.phrases import first_line
 from leakaudit.models.architectures import ARCHITECTURES, Architecture
 from leakaudit.models.lora import Lora, attach
 from leakaudit.models.spaces import NO_TOKEN, Tokens
-from leakaudit.models.victim import LOSSES, Mode, Params, Victim
+from leakaudit.models.victim import LOSSES, Classifier, Mode, Params, Victim
 from leakaudit.spec import suggest
 
 Task = Literal["classification", "mlm", "causal-lm"]
@@ -94,6 +94,22 @@ class LanguageVictim(Victim):
             logits, y = logits[:, :-1], y[:, 1:]
         labelled = y != IGNORED
         return self.loss_function(logits[labelled], y[labelled])
+
+    def classifier(self) -> Classifier | None:
+        """As for images; or the layer that scores every token, of which decoders take the last one's."""
+        name, module, _, output = self.modules_in_order()[-1]
+        scores_tokens = self.task == "classification" and output.shape[2:] == (self.num_classes,)
+        if not scores_tokens or not isinstance(module, nn.Linear):
+            return super().classifier()
+        bias = None if module.bias is None else f"{name}.bias"
+        return Classifier(weight=f"{name}.weight", bias=bias, module=name)
+
+    def features(self, x: Tensor) -> Tensor:
+        found = super().features(x)
+        if found.dim() == 2:
+            return found
+        there = ~x.isnan().any(-1) if x.is_floating_point() else x != NO_TOKEN
+        return found[torch.arange(len(found), device=x.device), there.sum(1) - 1]
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
         return self.space.sample(count, generator).to(self.device)

@@ -50,7 +50,9 @@ class Lora:
     @property
     def options(self) -> str:
         """What `parse` makes the same adapters of, weights apart, without naming a folder."""
-        return f"rank={self.rank},alpha={self.alpha:g},targets={self.targets},rslora={str(self.rslora).lower()}"
+        return (
+            f"rank={self.rank},alpha={self.alpha:g},targets={self.targets},rslora={str(self.rslora).lower()}"
+        )
 
     @property
     def scale(self) -> float:
