@@ -30,7 +30,7 @@ from leakaudit.findings import (
     storage_of,
     with_examples,
 )
-from leakaudit.formats.phrases import counted, listing
+from leakaudit.formats.phrases import counted
 from leakaudit.inspection import Inspection
 from leakaudit.models.language import LanguageVictim
 from leakaudit.results import Finding
@@ -112,17 +112,22 @@ def _bag(view: View, victim: LanguageVictim, notes: Notes, whole: bool) -> None:
     if not 0 < len(numbers) <= victim.space.vocabulary // 2:
         return
     pieces = victim.space.pieces(numbers)
-    spelt = victim.space.special
-    words = [piece for piece, number in zip(pieces, numbers.tolist(), strict=True) if number not in spelt]
-    last = ", the last of every sentence perhaps excepted," if victim.task == "causal-lm" else ""
+    special = victim.space.special
+    words = [piece for piece, number in zip(pieces, numbers.tolist(), strict=True) if number not in special]
+    last = " (the last of a sentence leaves none)" if victim.task == "causal-lm" else ""
     notes.leak(
         "bag of tokens",
-        f"{'Exactly' if whole else 'At least'} {counted(len(numbers), 'row')} of the word embedding have a"
-        f" gradient, those of the tokens that the client's text holds{last}: {listing(words, LISTED)}.",
+        f"The word embedding has a gradient in {counted(len(numbers), 'row')}{last}, so the client's text holds"
+        f" {'exactly' if whole else 'at least'} these tokens: {_spelt(words)}.",
         tokens=pieces,
         numbers=numbers.tolist(),
         proven=True,
     )
+
+
+def _spelt(words: list[str]) -> str:
+    more = len(words) - LISTED
+    return " ".join(words[:LISTED]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def _longest(view: View, victim: LanguageVictim, notes: Notes, whole: bool) -> None:
@@ -184,17 +189,23 @@ def _noise(view: View, storage: Storage, notes: Notes) -> float | None:
 
 
 def _row_noise(rows: Tensor) -> float | None:
-    """Root mean square of the smallest tenth of the rows, where all of these are equally large, as Gaussian
-    noise of one standard deviation makes them (relative spread 1 / sqrt(2 H)); else None."""
-    sizes = rows.square().mean(1).sqrt().sort().values
-    smallest = sizes[: max(4, len(sizes) // 10)]
-    if not float(smallest[0]) > 0 or len(sizes) < 2 * len(smallest):
+    """Standard deviation of noise that the smallest tenth of the rows (R, H) consists of; else None.
+
+    Rows of nothing but Gaussian noise are equally large, up to a relative spread of 1 / sqrt(2 H) each, and
+    at right angles, up to cosines of 1 / sqrt(H).
+    """
+    sizes = rows.square().mean(1).sqrt()
+    order = sizes.argsort()[: max(4, len(sizes) // 10)]
+    smallest = rows[order[:256]]
+    least = float(sizes[order[0]])
+    limit = least * math.exp(2 * math.sqrt(math.log(len(sizes)) / rows.shape[1]))
+    if not least > 0 or float(sizes[order[-1]]) > limit or len(sizes) < 2 * len(order):
         return None
-    spread = math.sqrt(2 * math.log(len(sizes)) / rows.shape[1])
-    if float(smallest[-1]) > (1 + 4 * spread) * float(smallest[0]):
+    unit = smallest / smallest.norm(dim=1, keepdim=True)
+    cosines = (unit @ unit.T)[~torch.eye(len(unit), dtype=torch.bool, device=unit.device)]
+    if float(cosines.square().mean().sqrt()) > 2 / math.sqrt(rows.shape[1]):
         return None
-    median = float(sizes[: len(sizes) // 2].median())
-    return median if median < (1 + 4 * spread) * float(smallest[0]) else float(smallest.mean())
+    return float(sizes[sizes <= limit].square().mean().sqrt())
 
 
 def _decayed(view: View, name: str, notes: Notes) -> bool:

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from logging import ERROR
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -270,12 +270,15 @@ def load_language_victim(
         adapter = None if lora is None else Lora.parse(lora)
         if adapter is not None:
             attach(module, adapter, head=_head(module, task))
+        tokenizer = _tokenizer(name)
     if checkpoint is not None:
         load_checkpoint(module, checkpoint)
     module.config.pad_token_id = _padding(module)
-    fresh = () if checkpoint is not None else tuple(sorted(info["missing_keys"]))
-    victim = language_victim(module, _tokenizer(name), task, mode, loss, reduction, name=spec)
-    return replace(victim, fresh=fresh, lora=lora)
+    fresh = sorted(info["missing_keys"])
+    if adapter is not None and adapter.folder is None:
+        fresh += [parameter for parameter, _ in module.named_parameters() if ".lora_" in parameter]
+    victim = language_victim(module, tokenizer, task, mode, loss, reduction, name=spec)
+    return replace(victim, fresh=() if checkpoint is not None else tuple(fresh), lora=lora)
 
 
 def language_victim(
@@ -332,7 +335,8 @@ def victim_of_pretrained(
     if checkpoint is not None:
         load_checkpoint(module, checkpoint)
     origin = module.name_or_path
-    tokenizer = _tokenizer(origin) if origin else None
+    with _quiet():
+        tokenizer = _tokenizer(origin) if origin else None
     victim = language_victim(module, tokenizer, task, "eval", loss, reduction, name=name)
     victim.module.set_attn_implementation("eager")  # others cannot be differentiated twice
     victim.module.config.pad_token_id = victim.filler
@@ -388,13 +392,18 @@ def _pretrained(kind: Any, name: str, what: str, **options: Any) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' reports on loading; what was freshly initialised is in `LanguageVictim.fresh`."""
+    """Without transformers' reports on loading, nor the hub's on every vain try to reach it; what was freshly
+    initialised is in `LanguageVictim.fresh`."""
     before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    hub = getLogger("huggingface_hub")
+    level = hub.level
     logging.set_verbosity(ERROR)
+    hub.setLevel(ERROR)
     show_bars: Any = (logging.disable_progress_bar, logging.enable_progress_bar)
     show_bars[False]()
     try:
         yield
     finally:
         logging.set_verbosity(before)
+        hub.setLevel(level)
         show_bars[bars]()
