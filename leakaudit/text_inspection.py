@@ -171,20 +171,21 @@ def _noise(view: View, storage: Storage, notes: Notes) -> float | None:
     names = [] if victim.tied else [victim.word]
     names += [] if victim.position is None else [victim.position]
     for name in names:
-        if name in view.observed:
-            std = _row_noise(view.observed[name].double())
-            if std is not None and not _decayed(view, name, notes):
-                size = float(view.observed[name].double().square().mean(1).max().sqrt())
-                notes.hint(
-                    "noise",
-                    f"Rows of {name} of tokens or positions that no text needs, which should be zero, are all of"
-                    f" the same size: noise of standard deviation about {std:.2g} per number was added, where"
-                    f" the largest row has {size:.2g} (estimated).",
-                    std=std,
-                    rms=size,
-                    ratio=std / size,
-                )
-                return std
+        std = _row_noise(view.observed[name].double()) if name in view.observed else None
+        if std is not None and _decayed(view, name, notes):
+            return None
+        if std is not None:
+            size = float(view.observed[name].double().square().mean(1).max().sqrt())
+            notes.hint(
+                "noise",
+                f"Rows of {name} that no text needs, which should be zero, are all of the same size: noise of"
+                f" standard deviation about {std:.2g} per number was added, where the largest row has"
+                f" {size:.2g} (estimated).",
+                std=std,
+                rms=size,
+                ratio=std / size,
+            )
+            return std
     return class_sum_noise(view, storage, notes) if victim.task == "classification" else None
 
 
