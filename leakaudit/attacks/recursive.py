@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from leakaudit.attacks.base import Monitor, Reconstruction
-from leakaudit.attacks.chain import Link, links, tensors_of
+from leakaudit.attacks.chain import Link, links, pieces, tensors_of
 from leakaudit.attacks.head import head_consistency, head_gradient, relative_precision
 from leakaudit.attacks.jacobian import Buckets, Piece, whole
 from leakaudit.attacks.labels import infer_labels
@@ -115,7 +115,7 @@ class Recursive:
         if view.round.num_examples > 1 and view.scale_free:
             return "a batch without a known scale cannot be separated"
         try:
-            links(view.victim)
+            pieces(view.victim)
         except ValueError as error:
             return str(error)
         return None
