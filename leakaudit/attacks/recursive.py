@@ -33,7 +33,7 @@ from torch.func import vmap
 
 from leakaudit.attacks.base import Monitor, Reconstruction, require_at_least_one, require_falling
 from leakaudit.attacks.chain import Link, links, pieces, tensors_of
-from leakaudit.attacks.head import head_consistency, head_gradient, relative_precision
+from leakaudit.attacks.head import head_consistency, head_gradient, relative_precision, rms
 from leakaudit.attacks.jacobian import Buckets, Piece, whole
 from leakaudit.attacks.labels import infer_labels
 from leakaudit.attacks.matching import variation
@@ -78,7 +78,7 @@ class Cut:
         """Rms of the known numbers."""
         middle = (self.low + self.high) / 2
         finite = middle[middle.isfinite()]
-        return float(finite.square().mean().sqrt()) if len(finite) else 1.0
+        return rms(finite) if len(finite) else 1.0
 
 
 @dataclass(frozen=True)
@@ -216,9 +216,9 @@ def features(view: View, generator: torch.Generator) -> tuple[Cut, Tensor, float
         if view.victim.loss_function is not cross_entropy_sum:
             logit_gradient = logit_gradient / view.round.num_examples
     explained = factor * logit_gradient.T @ found
-    misfit = _rms(explained - head.weight_gradient)
-    error = SAFETY * max(head.epsilon * _rms(head.weight_gradient), misfit) / abs(factor)
-    arithmetic = 4 * SAFETY * head.epsilon * _rms(found)  # of a client that computes in the file's precision
+    misfit = rms(explained - head.weight_gradient)
+    error = SAFETY * max(head.epsilon * rms(head.weight_gradient), misfit) / abs(factor)
+    arithmetic = 4 * SAFETY * head.epsilon * rms(found)  # of a client that computes in the file's precision
     # dW = g^T h, so an error of dW reaches h through the pseudo-inverse of g^T
     spread = torch.linalg.inv(logit_gradient @ logit_gradient.T).diagonal().clamp(min=0).sqrt()
     device = view.victim.device
@@ -278,7 +278,7 @@ class Layers:
             if lower is None:
                 break
             if self._chain[left - 1].kind == "affine":
-                errors.append(float(f"{_rms(lower.high - lower.low) / 2:.2g}"))
+                errors.append(float(f"{rms(lower.high - lower.low) / 2:.2g}"))
             left, cut = self.below(left), lower
         return Descent(left, cut, errors)
 
@@ -368,7 +368,7 @@ class Layers:
         if solution is None:
             return None
         value, error = (numbers.reshape(count, *shape) for numbers in solution)
-        if not _rms(error) < WIDEST * _rms(value):
+        if not rms(error) < WIDEST * rms(value):
             return None
         leaf = value.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(self._run(run, {}, leaf), leaf, cut.gradient)
@@ -418,7 +418,7 @@ class Layers:
     def _error(self, name: str) -> float:
         """Standard error of a number of this gradient: rounding, and the noise that is known."""
         observed = self.view.observed[name]
-        rounding = SAFETY * relative_precision(self.view, observed) * _rms(observed)
+        rounding = SAFETY * relative_precision(self.view, observed) * rms(observed)
         return max(math.hypot(rounding, self.view.knowledge.noise_std.value or 0.0), 1e-300)
 
     def _pieces(self, names: list[str], limit: int) -> dict[str, Piece]:
@@ -492,7 +492,3 @@ def _bisect(below: Callable[[Tensor], Tensor], like: Tensor, reach: float) -> Te
         true = below(middle)
         left, right = torch.where(true, middle, left), torch.where(true, right, middle)
     return (left + right) / 2
-
-
-def _rms(tensor: Tensor) -> float:
-    return float(tensor.square().mean().sqrt())
