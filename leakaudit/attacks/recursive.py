@@ -471,9 +471,10 @@ def invert(function: Callable[[Tensor], Tensor], cut: Cut, reach: float = 40.0) 
     A bound that the function does not come down or up to becomes infinite.
     """
     grid = torch.linspace(-reach, reach, 8001, dtype=cut.low.dtype, device=cut.low.device)
-    if bool((function(grid).diff() < 0).any()):
+    values = function(grid)
+    if bool((values.diff() < 0).any()):
         return None
-    least, most = function(grid[:1]), function(grid[-1:])
+    least, most = values[0], values[-1]
     low = _bisect(lambda z: function(z) < cut.low.minimum(most), cut.low, reach)
     high = _bisect(lambda z: function(z) <= cut.high.maximum(least), cut.high, reach)
     low = torch.where(low <= -reach * 0.999, -math.inf, low)
