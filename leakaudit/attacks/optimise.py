@@ -2,13 +2,13 @@
 
 A candidate is a model input x, with labels that are fixed or found jointly as
 softmax(logits).  An objective maps (x, y) to a scalar; `lbfgs` and `adam`
-descend it under the eyes of a `Monitor`.
+descend it under the eyes of a `Monitor`, `continuation` one objective after another.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -128,6 +128,37 @@ def lbfgs(
     with torch.no_grad():
         final = candidate.x.detach(), candidate.y.detach()
     monitor.step(float(objective(*final).detach()), *final)
+
+
+def continuation(
+    x: Tensor,
+    labels: Tensor,
+    objectives: Iterable[Objective],
+    monitor: Monitor,
+    *,
+    iterations: int,
+    patience: int,
+    history: int = 100,
+) -> Tensor:
+    """`lbfgs` on one objective after another, each from where the one before it ended; the last one's end.
+
+    Ends early when the monitor's time is up.
+    """
+    for objective in objectives:
+        monitor.forget_best()  # the loss of another objective is another loss
+        candidate = Candidate(x, labels=labels)
+        lbfgs(candidate, objective, monitor, iterations=iterations, patience=patience, history=history)
+        if monitor.best_x is not None:
+            x = monitor.best_x
+        if monitor.stopped == "budget":
+            break
+    return x
+
+
+def geometric(first: float, last: float, count: int) -> list[float]:
+    """`count` numbers from `first` to `last` at a constant ratio, in float32; both are above 0."""
+    numbers: list[float] = torch.logspace(math.log10(first), math.log10(last), count).tolist()
+    return numbers
 
 
 def adam(
