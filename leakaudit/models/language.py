@@ -166,13 +166,26 @@ class LanguageVictim(Victim):
 
     def attention_inputs(self, x: Tensor, layer: int) -> Tensor:
         """What enters the attention of block `layer`, (N, L, H), without gradient; later blocks do not run."""
+        return self._input_of(self.projections(layer)[0][1], x)
+
+    def head_inputs(self, x: Tensor) -> Tensor | None:
+        """What enters the layer that makes the scores, without gradient: (N, F), or (N, L, H) for a task on
+        tokens; None where that layer is not known."""
+        if self.task != "classification":
+            module: Any = self.module
+            layer = module.get_output_embeddings()
+            return None if layer is None else self._input_of(layer, x)
+        head = self.classifier()
+        return None if head is None else self._input_of(self.module.get_submodule(head.module), x)
+
+    def _input_of(self, module: nn.Module, x: Tensor) -> Tensor:
         kept: list[Tensor] = []
 
         def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             kept.append(inputs[0])
             raise _Enough
 
-        handle = self.projections(layer)[0][1].register_forward_pre_hook(keep)
+        handle = module.register_forward_pre_hook(keep)
         try:
             with torch.no_grad():
                 self.logits(self.params, x)
