@@ -13,6 +13,7 @@ from leakaudit.attacks.registry import ATTACKS, DESCRIPTIONS
 from leakaudit.defenses import DEFENSES
 from leakaudit.metrics import METRICS
 from leakaudit.models.zoo import MODELS
+from leakaudit.text_metrics import TEXT_METRICS
 
 
 def tables() -> dict[str, Callable[[Console], None]]:
@@ -59,8 +60,15 @@ def _models(console: Console) -> None:
 
 
 def _metrics(console: Console) -> None:
-    rows = (
-        (name, metric.unit or "-", "higher" if metric.higher_is_better else "lower", metric.description)
+    rows = [
+        (
+            name,
+            "images",
+            metric.unit or "-",
+            "higher" if metric.higher_is_better else "lower",
+            metric.description,
+        )
         for name, metric in METRICS.items()
-    )
-    _print(console, ("metric", "unit", "closer is", "what it measures"), rows)
+    ]
+    rows += [(name, "text", "-", "higher", metric.description) for name, metric in TEXT_METRICS.items()]
+    _print(console, ("metric", "of", "unit", "closer is", "what it measures"), rows)

@@ -1,4 +1,4 @@
-"""What counts as leakage: thresholds on scores, such as `psnr>20` or `lpips<0.3`.
+"""What counts as leakage: thresholds on scores, such as `psnr>20` or `rouge-l>0.5`.
 
 A policy is broken as soon as one private example crosses one threshold.
 """
@@ -9,14 +9,32 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from leakaudit.errors import InputError
 from leakaudit.results import NEVER
 from leakaudit.spec import suggest
 
-POLICY_METRICS = ("psnr", "ssim", "lpips", "lpips-alex", "mse")
+Medium: TypeAlias = Literal["images", "text"]
+
+MEDIUM_METRICS: dict[Medium, tuple[str, ...]] = {
+    "images": ("psnr", "ssim", "lpips", "lpips-alex", "mse"),
+    "text": (
+        "token-accuracy",
+        "special-accuracy",
+        "bag-precision",
+        "bag-recall",
+        "bag-f1",
+        "exact-match",
+        "rouge-1",
+        "rouge-2",
+        "rouge-l",
+    ),
+}
+POLICY_METRICS = MEDIUM_METRICS["images"] + MEDIUM_METRICS["text"]
 DEFAULT_POLICY = "psnr>20,ssim>0.5"
+DEFAULT_TEXT_POLICY = "bag-f1>0.5,rouge-l>0.5"
+DEFAULT_POLICIES: dict[Medium, str] = {"images": DEFAULT_POLICY, "text": DEFAULT_TEXT_POLICY}
 
 
 @dataclass(frozen=True)
@@ -72,18 +90,29 @@ class Policy:
         return ",".join(map(str, self.thresholds)) if self.enforced else NEVER
 
 
-def parse_policy(text: str) -> Policy:
-    """`psnr>20,ssim>0.5`, or `never`: the default thresholds, which then fail nothing.
+def parse_policy(text: str, medium: Medium = "images") -> Policy:
+    """`psnr>20,ssim>0.5`, or `never`: the default thresholds of the medium, which then fail nothing.
 
-    Raises `InputError` for anything else.
+    Raises `InputError` for anything else.  Metrics of both media are read; see `check_medium`.
     """
     if text.strip() == NEVER:
-        return replace(parse_policy(DEFAULT_POLICY), enforced=False)
+        return replace(parse_policy(DEFAULT_POLICIES[medium]), enforced=False)
     return Policy(tuple(_parse_threshold(item.strip()) for item in text.split(",")))
 
 
+def check_medium(policy: Policy, medium: Medium) -> None:
+    """Raises `InputError` when a metric of the policy does not measure this medium."""
+    known = MEDIUM_METRICS[medium]
+    for threshold in policy.thresholds:
+        if threshold.metric not in known:
+            raise InputError(
+                f"policy {str(threshold)!r}: {threshold.metric} does not measure {medium}; "
+                f"known for {medium}: {', '.join(known)}"
+            )
+
+
 def _parse_threshold(text: str) -> Threshold:
-    found = re.fullmatch(r"([a-z-]+)\s*([<>])\s*([-+0-9.eE]+)", text)
+    found = re.fullmatch(r"([a-z][a-z0-9-]*)\s*([<>])\s*([-+0-9.eE]+)", text)
     if found is None:
         raise InputError(f"policy {text!r} is not METRIC>NUMBER or METRIC<NUMBER, such as ssim>0.5")
     metric, operator, number = found.groups()

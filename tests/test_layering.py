@@ -79,7 +79,7 @@ def test_nothing_imports_from_a_higher_layer(path: Path) -> None:
 def test_the_layers_name_real_modules() -> None:
     there = {part(path) for path in modules()}
     assert set(LEVELS) <= there
-    assert {"execution", "capture", "inspection", "report", "api", "metrics"} <= there
+    assert {"execution", "capture", "inspection", "report", "api", "metrics", "text_metrics"} <= there
 
 
 def of(*names: str) -> list[Path]:
@@ -90,12 +90,12 @@ def of(*names: str) -> list[Path]:
 
 def test_attacks_never_see_data_metrics_defenses_or_results() -> None:
     for path in of("attacks", "threat", "rounds"):
-        assert not own(imports(path)) & {"data", "metrics", "defenses", "results"}, path
+        assert not own(imports(path)) & {"data", "metrics", "text_metrics", "defenses", "results"}, path
 
 
 def test_defenses_never_see_attacks() -> None:
     for path in of("defenses"):
-        assert not own(imports(path)) & {"attacks", "data", "metrics", "results"}, path
+        assert not own(imports(path)) & {"attacks", "data", "metrics", "text_metrics", "results"}, path
 
 
 def test_reports_never_import_torch() -> None:
@@ -113,8 +113,9 @@ def test_nothing_imports_the_command_line() -> None:
 
 def test_truth_enters_where_it_may() -> None:
     """The metrics, which hold the truth against a reconstruction, are called after the attacks only."""
-    users = {part(path) for path in modules() if "metrics" in own(imports(path))}
-    assert users <= {"auditing", "illustration", "api", "listing", "metrics"}
+    scores = {"metrics", "text_metrics"}
+    users = {part(path) for path in modules() if scores & own(imports(path))}
+    assert users <= {"auditing", "illustration", "api", "listing", *scores}
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["attack", "--help"], ["--version"]])

@@ -8,11 +8,26 @@ from hypothesis import strategies as st
 
 from leakaudit.errors import InputError
 from leakaudit.metrics import METRICS
-from leakaudit.policy import DEFAULT_POLICY, POLICY_METRICS, Policy, Threshold, parse_policy
+from leakaudit.policy import (
+    DEFAULT_POLICIES,
+    DEFAULT_POLICY,
+    MEDIUM_METRICS,
+    POLICY_METRICS,
+    Medium,
+    Policy,
+    Threshold,
+    check_medium,
+    parse_policy,
+)
+from leakaudit.text_metrics import TEXT_METRICS
+
+MEDIA: tuple[Medium, ...] = ("images", "text")
 
 
 def test_every_policy_metric_is_a_metric_that_is_measured() -> None:
-    assert set(POLICY_METRICS) <= set(METRICS)
+    assert set(MEDIUM_METRICS["images"]) <= set(METRICS)
+    assert set(MEDIUM_METRICS["text"]) <= set(TEXT_METRICS)
+    assert set(POLICY_METRICS) == {name for names in MEDIUM_METRICS.values() for name in names}
 
 
 @given(
@@ -42,6 +57,8 @@ def test_text_and_policy_go_both_ways(thresholds: list[Threshold]) -> None:
         ("psnr>20,", "policy '' is not"),
         ("", "policy '' is not"),
         ("label-accuracy>0.5", "unknown metric"),
+        ("rouge1>0.5", "unknown metric 'rouge1', did you mean 'rouge-1'"),
+        ("2rouge>0.5", "not METRIC>NUMBER"),
     ],
 )
 def test_mistakes(text: str, message: str) -> None:
@@ -72,3 +89,32 @@ def test_never_still_measures() -> None:
     assert str(never) == "never"
     assert never.thresholds == parse_policy(DEFAULT_POLICY).thresholds
     assert never.broken_by([{"psnr": 40.0}])
+
+
+@pytest.mark.parametrize("medium", MEDIA)
+@pytest.mark.parametrize("text", ["default", "never"])
+def test_the_default_policies_fit_their_medium(medium: Medium, text: str) -> None:
+    policy = parse_policy(DEFAULT_POLICIES[medium] if text == "default" else text, medium)
+    check_medium(policy, medium)
+    assert policy.enforced == (text == "default")
+    assert str(policy) == (DEFAULT_POLICIES[medium] if text == "default" else "never")
+
+
+@pytest.mark.parametrize(
+    ("text", "medium", "message"),
+    [
+        ("psnr>20", "text", "policy 'psnr>20': psnr does not measure text; known for text: token-accuracy,"),
+        (
+            "rouge-2>0.5",
+            "images",
+            "policy 'rouge-2>0.5': rouge-2 does not measure images; known for images: psnr",
+        ),
+        ("bag-f1>0.5,ssim>0.5", "text", "policy 'ssim>0.5': ssim does not measure text"),
+    ],
+)
+def test_a_policy_for_the_other_medium_is_refused_in_one_line(
+    text: str, medium: Medium, message: str
+) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        check_medium(parse_policy(text), medium)
+    assert "\n" not in str(caught.value)
