@@ -63,14 +63,14 @@ class Rows:
         return len(self.position)
 
 
-def language_victim(view: View) -> LanguageVictim | None:
+def text_victim(view: View) -> LanguageVictim | None:
     """The view's victim when it takes text."""
     return view.victim if isinstance(view.victim, LanguageVictim) else None
 
 
 def read_rows(view: View) -> Rows | None:
     """None when the word embedding's gradient was not shared, or is zero."""
-    victim = language_victim(view)
+    victim = text_victim(view)
     if victim is None or victim.word not in view.observed:
         return None
     word = view.observed[victim.word].double()
@@ -95,7 +95,7 @@ def noise_level(view: View) -> float:
     """Standard deviation of noise per number: as known, else the size of rows that should be zero."""
     if view.knowledge.noise_std.value:
         return float(view.knowledge.noise_std.value)
-    victim = language_victim(view)
+    victim = text_victim(view)
     assert victim is not None
     name = victim.position if victim.position in view.observed else None if victim.tied else victim.word
     if name is None or name not in view.observed:
@@ -107,7 +107,7 @@ def noise_level(view: View) -> float:
 
 def position_rows(view: View, noise: float) -> Tensor:
     """(P, H) rows of the positions in use; (0, H) without a learnt position embedding."""
-    victim = language_victim(view)
+    victim = text_victim(view)
     assert victim is not None
     if victim.position is None or victim.position not in view.observed:
         return view.observed[victim.word].new_zeros((0, victim.hidden), dtype=torch.float64)
@@ -178,20 +178,27 @@ def place(rows: Rows) -> Tensor:
     """For one sentence: the token of each position, (P,) int64, by matching position rows to word rows.
 
     The token rows are sums of the position rows at their places, so the places minimise
-    sum over t of |word_t - sum of position_i at t|^2: from the best inner product (the likelihood ratio
-    under noise) downhill, one place at a time.
+    sum over t of |word_t - sum of position_i at t|^2: downhill, one place at a time, from the nearest
+    directions, the nearest rows, and the largest inner products (the likelihood ratio under noise).
     """
     position = _without(rows.position, rows.outputs)
-    chosen = (position @ rows.word.T).argmax(dim=1)
-    sums = torch.zeros_like(rows.word).index_add_(0, chosen, position)
-    for _ in range(2 * len(chosen)):
-        moved = False
-        for i, row in enumerate(position):
-            sums[chosen[i]] -= row
-            best = ((rows.word - sums) @ row).argmax()
-            moved |= bool(best != chosen[i])
-            chosen[i] = best
-            sums[best] += row
-        if not moved:
-            break
+    overlap = position @ rows.word.T
+    lengths = rows.word.norm(dim=1)
+    starts = (overlap / lengths, overlap - lengths.square() / 2, overlap)
+    descents = [_descend(start.argmax(dim=1), position, rows.word) for start in starts]
+    chosen, _ = min(descents, key=lambda descent: descent[1])
     return rows.tokens[chosen]
+
+
+def _descend(chosen: Tensor, position: Tensor, word: Tensor) -> tuple[Tensor, float]:
+    """Each place to the token whose row it explains best, until none moves; and what is left unexplained."""
+    left = word.clone().index_add_(0, chosen, -position)
+    for _ in range(2 * len(chosen)):
+        before = chosen.clone()
+        for i, row in enumerate(position):
+            left[chosen[i]] += row
+            chosen[i] = (left @ row).argmax()
+            left[chosen[i]] -= row
+        if torch.equal(before, chosen):
+            break
+    return chosen, float(left.square().sum())

@@ -22,6 +22,9 @@ from leakaudit.threat import View
 NEAR = 1e-3
 """Distance from the row space up to which a place counts as labelled."""
 MOST_TRIALS = 64
+ROUNDS = 6
+WRONG = 0.5
+"""Share of a label's weight in the difference of updates, above which another label is the right one."""
 
 
 def complete_labels(view: View, x: Tensor, rows: Rows | None) -> Tensor:
@@ -42,6 +45,36 @@ def complete_labels(view: View, x: Tensor, rows: Rows | None) -> Tensor:
         return _by_trial(view, victim, x)
     scores = _coefficients(view.observed[head.weight].double(), features.double())
     return _assign(scores, given.value if given.status == "known" else None)
+
+
+def refine(view: View, x: Tensor, y: Tensor, places: Tensor) -> Tensor:
+    """Labels y (N, L) with those at `places` (n, 2) corrected, for mlm and causal-lm.
+
+    A wrong label at a place leaves (onehot(label) - onehot(right label)) f^T over the divisor in the
+    difference of observed and simulated score rows; labels change until none of that is left.  In
+    causal-lm `places` are those of the labels, one after the place that is scored.
+    """
+    victim = view.victim
+    assert isinstance(victim, LanguageVictim)
+    output, features = victim.output, victim.head_inputs(x)
+    if output is None or features is None or output[0] not in view.observed:
+        return y
+    shift = int(victim.task == "causal-lm")
+    inputs = features.double()[places[:, 0], places[:, 1] - shift]
+    scored = int((y[:, shift:] != IGNORED).sum())
+    for _ in range(ROUNDS):
+        simulated = view.simulate(x, y).detach()[output[0]]
+        scores = _coefficients((view.observed[output[0]] - simulated).double(), inputs) * scored
+        wrong = scores.amin(dim=1) < -WRONG
+        if not bool(wrong.any()):
+            break
+        rows, columns = places[wrong].T
+        y = y.clone()
+        y[rows, columns] = scores[wrong].argmin(dim=1)
+        if victim.task == "causal-lm":
+            x = x.clone()
+            x[rows, columns] = y[rows, columns]
+    return y
 
 
 def _coefficients(gradient: Tensor, features: Tensor) -> Tensor:
@@ -97,7 +130,7 @@ def _masked_labels(view: View, victim: LanguageVictim, x: Tensor, rows: Rows | N
     chosen = _assign(scores, tokens)
     for place, token in zip(there[labelled].tolist(), chosen.tolist(), strict=True):
         y[place[0], place[1]] = token
-    return y
+    return refine(view, x, y, there[labelled])
 
 
 def _score_side(gradient: Tensor, x: Tensor, rows: Rows) -> Tensor:
