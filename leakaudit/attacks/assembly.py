@@ -34,13 +34,15 @@ FOUND = 1e-4
 """Mean distance from the second layer's span below which a sentence counts as found, without noise."""
 SLACK = 30.0
 """Distances of true candidates are alike within this factor."""
-KICKS = 12
-"""Times a sentence that does not pass is shaken and descends again."""
+FEW_KICKS, KICKS = 3, 12
+"""Times a sentence that does not pass is shaken and descends again, before and after trying other lengths."""
+MOST_LENGTHS = 8
 CHOICES = 12
 SWEEPS = 6
 SPREAD = 0.2
 """Temperature of tokens drawn anew, in units of the prior."""
 MOST_PREFIXES = 4096
+REPEATS = 8
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,13 @@ class Candidates:
 
     Attributes:
         tokens: (n,) candidates.
+        limit: distance from a span up to which a candidate passes.
         prior: (L, n) how much the rows speak for each place; minus infinity where excluded.
         affinity: (n, n) likeness of the tokens' gradients, high within a sentence.
     """
 
     tokens: Tensor
+    limit: float
     prior: Tensor
     affinity: Tensor
 
@@ -67,7 +71,7 @@ def candidates(victim: LanguageVictim, rows: Rows, span: Span, length: int) -> C
         fit = torch.linalg.lstsq(rows.word.T, rows.position[:length].T, driver="gelsd").solution.T
         prior[: len(fit)] = fit
     unit = F.normalize(rows.word, dim=1)
-    return Candidates(rows.tokens, prior.masked_fill(distance > limit, -torch.inf), unit @ unit.T)
+    return Candidates(rows.tokens, limit, prior.masked_fill(distance > limit, -torch.inf), unit @ unit.T)
 
 
 def accepted(typical: float, span: Span) -> float:
@@ -94,9 +98,12 @@ def grow(
         tokens = choices(place)
         if len(tokens) == 0:
             break
+        prefixes = [prefix for prefix in prefixes if not _stuck(prefix)]
         grown = torch.tensor(
             [[*prefix, token] for prefix in prefixes for token in tokens.tolist()], device=victim.device
         )
+        if len(grown) == 0:
+            break
         distance = torch.cat(
             [
                 span.distance(victim.attention_inputs(part, 1)[:, -1])
@@ -115,45 +122,56 @@ def grow(
     return [sentence for sentence in [*ended, *prefixes] if sentence]
 
 
+def _stuck(prefix: list[int]) -> bool:
+    """One token over and over: without positions such a prefix looks the same at every length."""
+    return len(prefix) > REPEATS and len(set(prefix)) == 1
+
+
+def by_evidence(victim: LanguageVictim, sentences: list[list[int]]) -> list[list[int]]:
+    """Those that explain most independent vectors of the second layer first, the short before the long."""
+
+    def evidence(sentence: list[int]) -> tuple[int, int]:
+        inputs = victim.attention_inputs(torch.tensor([sentence], device=victim.device), 1)[0].double()
+        return -int(torch.linalg.matrix_rank(inputs, rtol=FOUND)), len(sentence)
+
+    return sorted(sentences, key=evidence)
+
+
 # ------------------------------------------------------------------------------------------ encoders
 
 
-@dataclass
-class _Search:
-    """Sentences found so far, and the update without them."""
-
-    view: View
-    monitor: Monitor
-    generator: torch.Generator
-    found: list[list[int]]
-    guesses: list[list[int]]
-
-
 def assemble(view: View, rows: Rows, generator: torch.Generator, monitor: Monitor) -> tuple[Tensor, int]:
-    """The sentences of an encoder's batch (N, L), and how many of them passed the second layer's test."""
-    search = _Search(view, monitor, generator, [], [])
-    rest = view
-    current: Rows | None = rows
+    """The sentences of an encoder's batch (N, L), and how many of them passed the second layer's test.
+
+    Those that passed come first; what could not be found is filled up with the best guess for the longest
+    sentence left.
+    """
+    found: list[list[int]] = []
+    guess: list[int] | None = None
+    rest, current = view, rows
     count = view.round.num_examples
-    while len(search.found) + len(search.guesses) < count:
-        if current is None or current.length == 0 or not len(current.tokens):
+    while len(found) < count and current.length and len(current.tokens):
+        search = _Search.of(rest, current, generator)
+        if search is None:
             break
-        sentence, distance, limit = _longest(rest, current, search)
-        if sentence is None:
+        sentence, distance = search.any_length(monitor)
+        if distance >= search.known.limit:
+            guess = sentence
             break
-        (search.found if distance < limit else search.guesses).append(sentence)
-        if monitor.step(distance, stack_sentences([*search.found, *search.guesses]), torch.zeros(0)):
+        found.append(sentence)
+        if monitor.step(distance, stack_sentences(found), torch.zeros(0)) and len(found) < count:
             break
-        if len(search.found) + len(search.guesses) < count:
+        if len(found) < count:
             rest = _peel(rest, sentence, current, count)
             current = _significant(read_rows(rest), rows)
-    return stack_sentences([*search.found, *search.guesses]).to(view.victim.device), len(search.found)
+    sentences = [*found, *([] if guess is None else [guess])][:count]
+    return stack_sentences(sentences).to(view.victim.device), len(found)
 
 
-def _significant(rows: Rows | None, before: Rows) -> Rows | None:
+def _significant(rows: Rows | None, before: Rows) -> Rows:
     """Rows that are more than the rounding which the peeled sentences left."""
     if rows is None:
-        return None
+        return replace(before, tokens=before.tokens[:0], word=before.word[:0], position=before.position[:0])
     floor = 1e-5 * float(before.word.norm(dim=1).median())
     kept = rows.word.norm(dim=1) > floor
     used = (rows.position.norm(dim=1) > floor).nonzero()
@@ -161,29 +179,75 @@ def _significant(rows: Rows | None, before: Rows) -> Rows | None:
     return replace(rows, tokens=rows.tokens[kept], word=rows.word[kept], position=rows.position[:last])
 
 
-def _longest(view: View, rows: Rows, search: _Search) -> tuple[list[int] | None, float, float]:
-    """The best sentence of the greatest length, its mean distance, and the limit it should keep."""
-    victim = view.victim
-    assert isinstance(victim, LanguageVictim)
-    first, second = (attention_span(victim, view.observed, layer, rows.noise) for layer in (0, 1))
-    if first is None or second is None or not second.tests:
-        return None, 1.0, 0.0
-    known = candidates(victim, rows, first, rows.length)
-    last = (F.normalize(rows.position[-1:], dim=1) @ F.normalize(rows.word, dim=1).T)[0]
-    limit = max(FOUND, min(second.tolerance, 50 * FOUND))
-    climb = _Climb(victim, known, second, limit)
-    chosen, here = climb(_suggest(known.prior + last, known.affinity, kinship=0.0), CHOICES)
-    for kick in range(KICKS):
-        if here.mean() < limit:
-            break
-        if kick == 0:
-            tried = _suggest(known.prior + last, known.affinity, kinship=2.0)
-        else:
-            tried = climb.kicked(chosen, here, search.generator)
-        tried, there = climb(tried, CHOICES if kick % 2 else len(known.tokens))
-        if there.mean() < here.mean():
-            chosen, here = tried, there
-    return known.tokens[chosen].tolist(), float(here.mean()), limit
+@dataclass(frozen=True)
+class _Search:
+    """The search for one more sentence in what is left of the update."""
+
+    climb: _Climb
+    known: Candidates
+    rows: Rows
+    generator: torch.Generator
+
+    @classmethod
+    def of(cls, view: View, rows: Rows, generator: torch.Generator) -> _Search | None:
+        """None where a layer's span excludes nothing."""
+        victim = view.victim
+        assert isinstance(victim, LanguageVictim)
+        first, second = (attention_span(victim, view.observed, layer, rows.noise) for layer in (0, 1))
+        if first is None or second is None or not first.tests or not second.tests:
+            return None
+        known = candidates(victim, rows, first, rows.length)
+        return cls(_Climb(victim, known, second), known, rows, generator)
+
+    def any_length(self, monitor: Monitor) -> tuple[list[int], float]:
+        """The best sentence and its mean distance: of the greatest length, else of another likely one.
+
+        Every length gets a few kicks before one of them gets many.
+        """
+        lengths = self._lengths()
+        best: dict[int, tuple[Tensor, Tensor]] = {}
+        for kicks in (FEW_KICKS, KICKS):
+            for length in lengths:
+                best[length] = self._of_length(length, kicks, best.get(length))
+                if best[length][1].mean() < self.known.limit or monitor.late:
+                    chosen, here = best[length]
+                    return self.known.tokens[chosen].tolist(), float(here.mean())
+        chosen, here = best[lengths[0]]
+        return self.known.tokens[chosen].tolist(), float(here.mean())
+
+    def _lengths(self) -> list[int]:
+        """The greatest, then where the tokenizer ends every sentence alike the likeliest other places of that
+        token."""
+        tokenizer = self.climb.victim.space.tokenizer
+        end = None if tokenizer is None else tokenizer.sep_token_id
+        column = (self.known.tokens == end).nonzero().flatten() if end is not None else []
+        if len(column) == 0:
+            return [self.rows.length]
+        prior = self.known.prior[: self.rows.length - 1, column[0]]
+        others = [int(place) + 1 for place in prior.argsort(descending=True) if prior[place].isfinite()]
+        return [self.rows.length, *others[:MOST_LENGTHS]]
+
+    def _of_length(
+        self, length: int, kicks: int, before: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """The best sentence of a length (indices) and its distances, going on from an earlier one."""
+        prior = self.known.prior[:length]
+        if length == self.rows.length:  # the last position's row is that of this sentence alone
+            words = F.normalize(self.rows.word, dim=1)
+            prior = prior + words @ F.normalize(self.rows.position[-1], dim=0)
+        climb = replace(self.climb, known=replace(self.known, prior=prior))
+        chosen, here = before or climb(_suggest(prior, self.known.affinity, kinship=0.0), CHOICES)
+        for kick in range(kicks):
+            if here.mean() < self.known.limit:
+                break
+            if kick == 0 and before is None:
+                tried = _suggest(prior, self.known.affinity, kinship=2.0)
+            else:
+                tried = climb.kicked(chosen, here, self.generator)
+            tried, there = climb(tried, len(self.known.tokens) if kick % 4 == 1 else CHOICES)
+            if there.mean() < here.mean():
+                chosen, here = tried, there
+        return chosen, here
 
 
 def _suggest(prior: Tensor, affinity: Tensor, kinship: float) -> Tensor:
@@ -207,7 +271,6 @@ class _Climb:
     victim: LanguageVictim
     known: Candidates
     span: Span
-    limit: float
 
     def distances(self, chosen: Tensor) -> Tensor:
         """(n, L) for (n, L) indices of candidates."""
@@ -228,7 +291,7 @@ class _Climb:
                 best = distances.mean(dim=1).argmin()
                 if distances[best].mean() < here.mean():
                     chosen, here = tried[best], distances[best]
-                if here.mean() < self.limit:
+                if here.mean() < self.known.limit:
                     return chosen, here
             if float(here.mean()) > 0.999 * before:
                 break
@@ -267,15 +330,15 @@ def _peel(view: View, sentence: list[int], rows: Rows, count: int) -> View:
 def _without(
     observed: Update, share: Update, victim: LanguageVictim, rows: Rows, count: int
 ) -> tuple[Update, float]:
-    """The update minus the sentence's share of it, and what is left of its last position's row.
+    """The update minus the sentence's share of it, and the length of what is left.
 
-    The share's weight shows where the sentence is the only one: at its last position.
+    The share's weight shows where the sentence is the only one, at the last position; else it is one part
+    in `count`.
     """
     assert victim.position is not None
     own = share[victim.position].double()[victim.first_position + rows.length - 1]
     seen = rows.position[-1]
     weight = float(own @ seen / (own @ own)) if bool(own.any()) else 0.0
-    left = float((seen - weight * own).norm() / seen.norm())
-    if left > 0.1:
-        weight = 1 / count
-    return observed - share * weight, left
+    alone = bool((seen - weight * own).norm() < 0.1 * seen.norm())
+    rest = observed - share * (weight if alone else 1 / count)
+    return rest, float(rest.norm())

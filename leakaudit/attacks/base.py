@@ -111,6 +111,11 @@ class Monitor:
         self._gain_loss = math.inf
         self._whole: tuple[int, int] | None = None
 
+    @property
+    def late(self) -> bool:
+        """Whether the deadline has passed."""
+        return self._deadline is not None and time.monotonic() > self._deadline
+
     def rehearsal(self) -> Monitor:
         """A monitor for a try-out: the same deadline and progress, nothing of it kept here."""
         return Monitor(self._on_step, self._deadline)
@@ -160,7 +165,7 @@ class Monitor:
             self.stopped = "converged"
         elif self._patience is not None and self.iteration - self._last_gain > self._patience:
             self.stopped = "plateau"
-        elif self._deadline is not None and time.monotonic() > self._deadline:
+        elif self.late:
             self.stopped = "budget"
         else:
             return False

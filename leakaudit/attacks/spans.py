@@ -47,8 +47,9 @@ class Test:
 
     def distance(self, inputs: Tensor) -> Tensor:
         """(...,) relative distance of (..., H) inputs, in [0, 1]."""
-        points = inputs if self.mapping is None else inputs @ self.mapping.T
-        away = points - (points @ self.basis.T) @ self.basis
+        basis = self.basis.to(inputs.dtype)
+        points = inputs if self.mapping is None else inputs @ self.mapping.to(inputs.dtype).T
+        away = points - (points @ basis.T) @ basis
         return away.norm(dim=-1) / points.norm(dim=-1).clamp(min=torch.finfo(points.dtype).tiny)
 
 
@@ -71,7 +72,7 @@ class Span:
 
     def distance(self, inputs: Tensor) -> Tensor:
         """(...,) the largest distance over the tests, for (..., H) inputs."""
-        return torch.stack([test.distance(inputs.double()) for test in self.tests]).amax(dim=0)
+        return torch.stack([test.distance(inputs) for test in self.tests]).amax(dim=0)
 
 
 def attention_span(victim: LanguageVictim, update: Update, layer: int, noise: float = 0.0) -> Span | None:

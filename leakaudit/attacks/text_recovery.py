@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from leakaudit.attacks.assembly import accepted, assemble, grow
+from leakaudit.attacks.assembly import accepted, assemble, by_evidence, grow
 from leakaudit.attacks.base import Monitor, Reconstruction, Stop, require_positive
 from leakaudit.attacks.rows import Rows, place, read_rows, text_victim
 from leakaudit.attacks.spans import Span, attention_span, scan
@@ -185,8 +185,7 @@ class SpanCheck:
         if second is None or not second.tests:
             best = distance.argmin(dim=1)
             return tokens[best][None] if victim.position is not None else choices(0)[None]
-        sentences = grow(victim, choices, second, length, monitor)
-        sentences.sort(key=len, reverse=True)
+        sentences = by_evidence(victim, grow(victim, choices, second, length, monitor))
         x = stack_sentences(sentences[: view.round.num_examples]).to(victim.device)
         return with_last_tokens(view, victim, x) if victim.task == "causal-lm" else x
 
