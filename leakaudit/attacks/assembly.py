@@ -165,6 +165,8 @@ def assemble(view: View, rows: Rows, generator: torch.Generator, monitor: Monito
             rest = _peel(rest, sentence, current, count)
             current = _significant(read_rows(rest), rows)
     sentences = [*found, *([] if guess is None else [guess])][:count]
+    if not sentences:
+        raise RuntimeError("no token passes the membership test of the first layer at some position")
     return stack_sentences(sentences).to(view.victim.device), len(found)
 
 
@@ -197,6 +199,8 @@ class _Search:
         if first is None or second is None or not first.tests or not second.tests:
             return None
         known = candidates(victim, rows, first, rows.length)
+        if not bool(known.prior.isfinite().any(dim=1).all()):
+            return None
         return cls(_Climb(victim, known, second), known, rows, generator)
 
     def any_length(self, monitor: Monitor) -> tuple[list[int], float]:

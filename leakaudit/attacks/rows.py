@@ -29,6 +29,8 @@ RANK_FLOOR = 1e-8
 """Eigenvalue of the Gram matrix of rows of length 1, below which a direction is rounding."""
 FALSE_ALARMS = 1e-3
 """Rows of noise taken for tokens, expected over the whole vocabulary."""
+CLEAR = 6.0
+"""Standard deviations that a number must stand out from noise."""
 MAD = 0.6745
 """Median of |z| for a standard normal z."""
 
@@ -132,7 +134,7 @@ def _tied_rows(word: Tensor, position: Tensor, noise: float, view: View) -> Rows
     nothing = word[:0]
     if noise or _thinned(word):
         reason = "noise or pruning hides which rows of the tied embedding belong to the input"
-        return _likeliest(word, position, noise, reason, view)
+        return _likeliest(word, position, noise, reason, view, _label_directions(word, noise, view))
     lengths = word.norm(dim=1)
     alive = lengths > 0
     unit = word / lengths.where(alive, 1.0)[:, None]
@@ -154,12 +156,31 @@ def _tied_rows(word: Tensor, position: Tensor, noise: float, view: View) -> Rows
     )
 
 
-def _likeliest(word: Tensor, position: Tensor, noise: float, reason: str, view: View) -> Rows:
+def _label_directions(word: Tensor, noise: float, view: View) -> Tensor:
+    """The score side's row space as the rows of the labels show it, (m, H) orthonormal; they stand out in the
+    bias's gradient, where there is one, with -1 over the number of labelled places each."""
+    victim = text_victim(view)
+    assert victim is not None
+    output = victim.output
+    if output is None or output[1] is None or output[1] not in view.observed:
+        return word[:0]
+    bias = view.observed[output[1]].double()
+    labels = bias < -max(CLEAR * noise, 0.3 * float(-bias.min()))
+    if not 0 < int(labels.sum()) < word.shape[1]:
+        return word[:0]
+    return torch.linalg.svd(word[labels], full_matrices=False)[2]
+
+
+def _likeliest(
+    word: Tensor, position: Tensor, noise: float, reason: str, view: View, outputs: Tensor | None = None
+) -> Rows:
     """Tokens in the order of their evidence: the overlap with a position row, else the length of the row."""
+    outputs = word[:0] if outputs is None else outputs
+    word = _without(word, outputs)
     room = min(len(word), 8 * max(view.round.num_examples * len(position), 64))
     evidence = (word @ position.T).amax(dim=1) if len(position) else word.norm(dim=1)
     tokens = evidence.topk(room).indices
-    return Rows(tokens, False, word[tokens], position, word[:0], noise, reason)
+    return Rows(tokens, False, word[tokens], position, outputs, noise, reason)
 
 
 def _principal(rows: Tensor) -> tuple[Tensor, Tensor]:
