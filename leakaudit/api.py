@@ -3,6 +3,7 @@
 leakaudit.save_update("shared.safetensors", model, batch_size=8)      # in a training loop
 result = leakaudit.attack("shared.safetensors", "resnet20", checkpoint="model.pt")
 result = leakaudit.audit("lenet", "photos/", num_examples=4)
+result = leakaudit.audit("hf:prajjwal1/bert-tiny", text="notes.txt", task="classification")
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -17,22 +19,26 @@ from leakaudit.atomic import sha256_of, writable_folder, write_atomically
 from leakaudit.auditing import Settings, Subject
 from leakaudit.auditing import audit as run_audit
 from leakaudit.capture import Captured, capture, steps_of_epochs, write_captured
-from leakaudit.data import PrivateBatch, load_batch, save_truth
+from leakaudit.data import PrivateBatch
 from leakaudit.defenses import DEFENSES
 from leakaudit.errors import InputError
 from leakaudit.execution import OnProgress, Plan, choose
 from leakaudit.formats.checkpoint import save_checkpoint
-from leakaudit.formats.manifest import Manifest
+from leakaudit.formats.manifest import Manifest, build_manifest
 from leakaudit.formats.phrases import counted
-from leakaudit.metrics import DEFAULT_METRICS, METRICS
+from leakaudit.media import Medium, medium_of
+from leakaudit.metrics import METRICS
 from leakaudit.models.victim import Mode, Victim
-from leakaudit.models.zoo import load_victim, parse_normalisation
-from leakaudit.policy import DEFAULT_POLICY, Policy, parse_policy
+from leakaudit.models.zoo import LANGUAGE, load_victim, parse_normalisation
+from leakaudit.policy import DEFAULT_POLICIES, MEDIUM_METRICS, Policy, check_medium, parse_policy
 from leakaudit.report.folder import RESULT_NAME, read_run, write_run
 from leakaudit.results import AuditResult
 from leakaudit.rounds import Round
 from leakaudit.spec import format_spec, parse, suggest
-from leakaudit.subject import Sources, open_update, read_pool, read_truth
+from leakaudit.subject import Sources, open_update
+
+if TYPE_CHECKING:
+    from leakaudit.text_data import PrivateText
 
 
 def attack(
@@ -45,11 +51,13 @@ def attack(
     labels: Sequence[int] | None = None,
     truth: str | Path | None = None,
     pool: str | Path | None = None,
+    task: str | None = None,
+    lora: str | None = None,
     attacks: Sequence[str] = ("auto",),
     seed: int = 0,
     budget: float | None = None,
     restarts: int | None = None,
-    policy: str = DEFAULT_POLICY,
+    policy: str | None = None,
     metrics: Sequence[str] | None = None,
     controls: bool = True,
     redact: bool = False,
@@ -65,9 +73,11 @@ def attack(
     Args:
         update: the file the client shared; model, checkpoint, before, manifest, labels, truth,
             pool, device: see `leakaudit.subject.Sources`.
+        task, lora: of a language model, over what the file says; see `leakaudit.models.language`.
         attacks, seed, budget (seconds), restarts: see `leakaudit.execution.Plan`.
-        policy: thresholds that count as leakage, such as "psnr>20,ssim>0.5", or "never".
-        metrics: names of `leakaudit.metrics.METRICS`; None for mse, psnr, ssim and lpips.
+        policy: thresholds that count as leakage, such as "psnr>20,ssim>0.5", or "never"; None for
+            `leakaudit.policy.DEFAULT_POLICIES`.
+        metrics: names of `leakaudit.policy.MEDIUM_METRICS`; None for mse, psnr, ssim and lpips, or all of text.
         controls: run the positive control when nothing was recovered.
         redact: leave the originals out of everything written.
         out: the run folder; None for a new temporary one (`result.folder` says where).  A folder with
@@ -78,24 +88,28 @@ def attack(
     list(choose(tuple(attacks)))  # an unknown attack is an error now, not after reading everything
     if pool is not None and truth is None:
         raise InputError(f"pool {pool} is compared with the private batch; accepted only with a truth file")
-    thresholds = parse_policy(policy)
+    _check_names(policy, metrics)
+    budget = _positive(budget, "budget")
+    downloaded = checkpoint or before
+    manifest = _stated(manifest, task, lora)
+    sources = Sources(update, model, checkpoint, before, manifest, labels, truth, pool, device)
+    opened = open_update(sources, seed)
+    medium = medium_of(opened.view.victim)
+    thresholds = _policy(policy, medium)
     settings = Settings(
-        plan=Plan(attacks=tuple(attacks), seed=seed, budget=_positive(budget, "budget"), restarts=restarts),
+        plan=Plan(attacks=tuple(attacks), seed=seed, budget=budget, restarts=restarts),
         policy=thresholds,
-        metrics=_metrics(metrics, thresholds),
+        metrics=_metrics(metrics, thresholds, medium),
         controls=controls,
         redact=redact,
         command=command,
         title=title,
     )
-    downloaded = checkpoint or before
-    sources = Sources(update, model, checkpoint, before, manifest, labels, truth, pool, device)
-    opened = open_update(sources, seed)
     subject = Subject(
         view=opened.view,
         inspection=opened.inspection,
-        truth=None if truth is None else read_truth(truth, opened.view),
-        pool=None if truth is None else read_pool(pool, opened.view),
+        truth=None if truth is None else medium.read_truth(truth, opened.view),
+        pool=None if truth is None else medium.read_pool(pool, opened.view),
         files=opened.files,
         findings=opened.findings,
         checkpoint=None if downloaded is None else Path(downloaded).name,
@@ -106,8 +120,12 @@ def attack(
 
 def audit(
     model: str,
-    data: str | Path,
+    data: str | Path | None = None,
     *,
+    text: str | Path | None = None,
+    task: str | None = None,
+    lora: str | None = None,
+    max_length: int | None = None,
     checkpoint: str | Path | None = None,
     num_examples: int = 1,
     batch_size: int | None = None,
@@ -142,6 +160,10 @@ def audit(
             model,
             data,
             shared,
+            text=text,
+            task=task,
+            lora=lora,
+            max_length=max_length,
             truth=truth,
             checkpoint=checkpoint,
             save_model=saved,
@@ -163,6 +185,7 @@ def audit(
         model,
         checkpoint=folder / saved.name,
         truth=folder / truth.name,
+        lora=lora,
         attacks=attacks,
         seed=seed,
         budget=budget,
@@ -176,9 +199,13 @@ def audit(
 
 def capture_update(
     model: str,
-    data: str | Path,
+    data: str | Path | None,
     out: str | Path,
     *,
+    text: str | Path | None = None,
+    task: str | None = None,
+    lora: str | None = None,
+    max_length: int | None = None,
     truth: str | Path | None = None,
     checkpoint: str | Path | None = None,
     save_model: str | Path | None = None,
@@ -197,11 +224,14 @@ def capture_update(
     defenses: Sequence[str] = (),
     seed: int = 0,
 ) -> list[str]:
-    """Run one client's round on real images and save what it would share.
+    """Run one client's round on real images or sentences and save what it would share.
 
     Args:
-        model, checkpoint: see `leakaudit.models.zoo`; without a checkpoint the model is fresh from `seed`.
+        model, checkpoint: see `leakaudit.models.zoo`; without a checkpoint what `hf:` does not hold, and any
+            other model, is fresh from `seed`.
         data, start, num_examples: see `leakaudit.data.load_batch`; num_examples is batch_size by default.
+        text: instead of `data` for a language model, with its `task`, `lora` and `max_length`; see
+            `leakaudit.text_data.load_text` and `leakaudit.models.language.load_language_victim`.
         out, truth, save_model: files to write, all .safetensors.
         batch_size, local_steps or epochs, learning_rate: the round; several steps need a learning rate.
         normalisation: see `parse_normalisation`.
@@ -211,8 +241,9 @@ def capture_update(
     """
     if mode not in ("train", "eval"):
         raise InputError(f"mode {mode!r}{suggest(mode, ('train', 'eval'))}; accepted: train, eval")
+    source = _source(model, data, text, max_length)
     _check_targets(out, truth, save_model)
-    wrapped = [(_defense_spec(text), parse(text, DEFENSES, "defense")) for text in defenses]
+    wrapped = [(_defense_spec(spec), parse(spec, DEFENSES, "defense")) for spec in defenses]
     round = _round(batch_size, num_examples, local_steps, epochs, learning_rate)
     victim = load_victim(
         model,
@@ -223,10 +254,30 @@ def capture_update(
         mode=mode,
         reduction=reduction,
         seed=seed,
+        task=task,
+        lora=lora,
     )
-    batch = load_batch(data, victim.space.shape, round.num_examples, start=start, classes=victim.num_classes)
+    batch = medium_of(victim).load(
+        source, victim, round.num_examples, start=start, max_length=max_length, seed=seed
+    )
     captured = capture(victim, batch, round, defenses=wrapped, include_buffers=buffers, seed=seed)
     return _write(captured, victim, batch, Path(out), truth, save_model)
+
+
+def _source(
+    model: str, data: str | Path | None, text: str | Path | None, max_length: int | None
+) -> str | Path:
+    """Where the private examples are; `InputError` unless they are of the kind the model takes."""
+    source = data if text is None else text
+    if source is None or (data is not None and text is not None):
+        given = "no private data" if source is None else f"images {data} and sentences {text}"
+        raise InputError(f"{given} given; accepted: one of --data (images) and --text (sentences)")
+    if model.startswith(LANGUAGE) != (text is not None):
+        takes = "images, accepted: --data" if text is not None else "text, accepted: --text"
+        raise InputError(f"model {model} takes {takes}")
+    if text is None and max_length is not None:
+        raise InputError(f"max length {max_length} is of sentences; accepted with --text")
+    return source
 
 
 def _check_targets(*paths: str | Path | None) -> None:
@@ -245,7 +296,7 @@ def _check_targets(*paths: str | Path | None) -> None:
 def _write(
     captured: Captured,
     victim: Victim,
-    batch: PrivateBatch,
+    batch: PrivateBatch | PrivateText,
     out: Path,
     truth: str | Path | None,
     save_model: str | Path | None,
@@ -261,8 +312,9 @@ def _write(
     if save_model is not None:
         save_checkpoint(victim.module, save_model)
         lines.append(f"Model: {save_model}")
+    lines += medium_of(victim).advice(victim, saved=save_model is not None)
     if truth is not None:
-        save_truth(truth, batch)
+        medium_of(victim).save_truth(truth, batch)
         lines.append(f"Truth: {truth} (keep it to yourself)")
     return lines
 
@@ -297,12 +349,39 @@ def _defense_spec(text: str) -> str:
     return format_spec(name, parse(text, DEFENSES, "defense"), DEFENSES[name])
 
 
-def _metrics(names: Sequence[str] | None, policy: Policy) -> tuple[str, ...]:
+def _stated(manifest: Manifest | None, task: str | None, lora: str | None) -> Manifest | None:
+    """The manifest with the task and the adapters of a language model, where they are given."""
+    if task is None and lora is None:
+        return manifest
+    stated = build_manifest({"task": task, "lora": lora})
+    return stated if manifest is None else manifest.merged(stated)
+
+
+def _check_names(policy: str | None, metrics: Sequence[str] | None) -> None:
+    """Find a typing error before everything is read; whether the names fit the medium shows later."""
+    if policy is not None:
+        parse_policy(policy)
+    known = [*METRICS, *MEDIUM_METRICS["text"]]
+    for name in metrics or ():
+        if name not in known:
+            raise InputError(f"unknown metric {name!r}{suggest(name, known)}; known: {', '.join(known)}")
+
+
+def _policy(text: str | None, medium: Medium[Any, Any]) -> Policy:
+    policy = parse_policy(DEFAULT_POLICIES[medium.name] if text is None else text, medium.name)
+    check_medium(policy, medium.name)
+    return policy
+
+
+def _metrics(names: Sequence[str] | None, policy: Policy, medium: Medium[Any, Any]) -> tuple[str, ...]:
     """The metrics asked for, and those that the policy needs."""
     for name in names or ():
-        if name not in METRICS:
-            raise InputError(f"unknown metric {name!r}{suggest(name, METRICS)}; known: {', '.join(METRICS)}")
-    return tuple(dict.fromkeys([*(names or DEFAULT_METRICS), *policy.metrics]))
+        if name not in medium.known_metrics:
+            known = ", ".join(medium.known_metrics)
+            raise InputError(
+                f"metric {name} does not measure {medium.name}; known for {medium.name}: {known}"
+            )
+    return tuple(dict.fromkeys([*(names or medium.metrics), *policy.metrics]))
 
 
 def _positive(value: float | None, what: str) -> float | None:

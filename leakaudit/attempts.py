@@ -43,7 +43,7 @@ class AttemptStore:
         try:
             tensors, metadata = read_safetensors(path)
             facts = json.loads(metadata["attempt"])
-            frames = tensors["strip"].float()
+            frames = [tensors[f"strip-{position:03d}"] for position in range(len(facts["strip"]))]
             found = Reconstruction(
                 x=tensors["x"].to(self._device),
                 y=tensors["y"].to(self._device),
@@ -69,8 +69,9 @@ class AttemptStore:
             "details": found.details,
             "seconds": seconds,
         }
-        frames = [x.cpu().to(torch.float32) for _, _, x in found.strip]
-        tensors = {"x": found.x.cpu(), "y": found.y.cpu(), "strip": torch.stack(frames)}
+        frames = [x.cpu().to(torch.float32 if x.is_floating_point() else None) for _, _, x in found.strip]
+        tensors = {f"strip-{position:03d}": frame for position, frame in enumerate(frames)}
+        tensors |= {"x": found.x.cpu(), "y": found.y.cpu()}
         self._folder.mkdir(parents=True, exist_ok=True)
         save_tensors(self._path(restart), tensors, {"attempt": json.dumps(facts)})
 

@@ -9,21 +9,23 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from leakaudit import __version__
-from leakaudit.data import PrivateBatch, control_photos
 from leakaudit.errors import InputError
-from leakaudit.execution import OnProgress, Outcome, Plan, progress, run_attacks
+from leakaudit.execution import OnProgress, Plan, progress, run_attacks
 from leakaudit.formats.phrases import counted
 from leakaudit.formats.writing import save_tensors
-from leakaudit.hypotheses import Sweep, settle
+from leakaudit.hypotheses import Sweep
 from leakaudit.illustration import Yardstick, illustrate
 from leakaudit.inspection import Inspection
 from leakaudit.judgement import floor_control, judge
+from leakaudit.media import Medium, medium_of
 from leakaudit.metrics import DEFAULT_METRICS
+from leakaudit.outcomes import Outcome
 from leakaudit.policy import DEFAULT_POLICY, Policy, parse_policy
 from leakaudit.results import (
     AuditResult,
@@ -49,19 +51,23 @@ class Subject:
     Attributes:
         view: all that the adversary sees.
         inspection: what the update gives away by itself.
-        truth: the private batch, or None when it is not at hand.
-        pool: (P, C, H, W) unrelated images in [0, 1], for chance levels and identification.
+        truth: the private batch, as `Medium.read_truth` reads it, or None when it is not at hand.
+        pool: unrelated examples, for chance levels and identification; see `Medium.read_pool`.
         files: name -> sha256 of what was read.
         findings: what reading the files showed.
     """
 
     view: View
     inspection: Inspection
-    truth: PrivateBatch | None = None
-    pool: Tensor | None = None
+    truth: Any = None
+    pool: Any = None
     files: dict[str, str] = field(default_factory=dict)
     findings: tuple[Finding, ...] = ()
     checkpoint: str | None = None
+
+    @property
+    def medium(self) -> Medium[Any, Any]:
+        return medium_of(self.view.victim)
 
 
 @dataclass(frozen=True)
@@ -89,17 +95,17 @@ def audit(
     attempts lie in `folder`/attempts and are read back by the next run of the same audit.
     """
     began = time.monotonic()
-    plan = settings.plan
+    plan, medium = settings.plan, subject.medium
     share = None if plan.budget is None else SWEEP_SHARE * plan.budget
-    view, sweep = settle(subject.view, plan.seed, progress(on_progress, "unknown facts"), share)
+    view, sweep = medium.settle(subject.view, plan.seed, progress(on_progress, "unknown facts"), share)
     left = None if plan.budget is None else max(0.0, plan.budget - (time.monotonic() - began))
     outcomes, skipped = run_attacks(view, replace(plan, budget=left), folder / "attempts", on_progress)
     best = _best(outcomes)
-    yardstick = Yardstick(
+    yardstick: Yardstick[Any, Any] = Yardstick(
         subject.truth, subject.pool, settings.metrics, settings.policy, plan.seed, settings.redact
     )
     trials = [
-        illustrate(outcome, view, yardstick, folder, best=index == best)
+        illustrate(medium, outcome, view, yardstick, folder, best=index == best)
         for index, outcome in enumerate(outcomes)
     ]
     if best is not None:
@@ -108,13 +114,16 @@ def audit(
     controls = _controls(subject, view, settings, outcomes, trials, best, findings, folder, on_progress)
     return AuditResult(
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        medium=medium.name,
         command=settings.command,
         title=settings.title,
         seed=plan.seed,
         model=_model_summary(subject, view),
         round=_round_summary(view),
         setting=view.knowledge.setting,
-        knowledge=[knowledge_row(name, fact) for name, fact in view.knowledge],
+        knowledge=[
+            knowledge_row(name, fact) for name, fact in view.knowledge if name not in medium.facts_left_out
+        ],
         findings=findings,
         trials=trials,
         skipped=skipped,
@@ -150,17 +159,15 @@ def _judge(
         settings.policy,
         truth_known=subject.truth is not None,
         findings=findings,
+        medium=subject.medium.name,
     )
 
 
 def _save_reconstruction(folder: Path, view: View, outcome: Outcome) -> None:
     assert outcome.best is not None
-    found = outcome.best.found
-    save_tensors(
-        folder / "reconstruction.safetensors",
-        {"pixels": view.victim.space.decode(found.x), "inputs": found.x, "labels": found.y},
-        {"attack": outcome.chosen.spec},
-    )
+    tensors, metadata = medium_of(view.victim).contents(outcome.best.found, view)
+    metadata = {**metadata, "attack": outcome.chosen.spec}
+    save_tensors(folder / "reconstruction.safetensors", tensors, metadata)
 
 
 # ------------------------------------------------------------------ controls
@@ -180,7 +187,8 @@ def _controls(
     """The floor where there is a truth; the positive control where the verdict hangs on it."""
     if best is None:
         return []
-    controls = [floor_control(trials[best].scores)] if subject.truth is not None else []
+    floor = floor_control(trials[best].scores, subject.medium.name)
+    controls = [floor] if subject.truth is not None else []
     if _judge(subject, settings, trials, best, (), findings).status == "leaks":
         text = "Not needed: the audited update itself was recovered."
         return [*controls, Control(name="positive", passed=None, text=text)]
@@ -192,19 +200,18 @@ def _controls(
 def _positive_control(
     view: View, outcome: Outcome, settings: Settings, folder: Path, on_progress: OnProgress | None
 ) -> Control:
-    """The same attack, with a budget of its own, on the undefended one-step gradient of one photo, through
-    the same model."""
-    label = outcome.chosen.name
+    """The same attack, with a budget of its own, on the undefended one-step gradient of one photo or
+    sentence, through the same model."""
+    label, medium = outcome.chosen.name, medium_of(view.victim)
     try:
-        photo = control_photos(view.victim.space.shape).first(1)
+        example = medium.control(view)
     except InputError as error:
-        return _no_control(f"there is no photo for it: {error}")
-    x = view.victim.space.encode(photo.pixels).to(view.victim.device, view.victim.dtype)
-    y = photo.labels.to(view.victim.device) % view.victim.num_classes
+        return _no_control(f"there is no {medium.specimen} for it: {error}")
+    x, y = medium.tensors(view.victim, example)
     round = Round(num_examples=1)
     knowledge = replace(
         view.knowledge,
-        labels=known(y, "control"),
+        labels=known(y, "control") if y.dim() == 1 else Fact(),  # else they are the text itself
         batch_size=known(1, "control"),
         local_steps=known(1, "control"),
         defense=known((), "control"),
@@ -221,14 +228,14 @@ def _positive_control(
     outcomes, _ = run_attacks(control, plan, folder / "attempts", on_progress)
     if outcomes[0].status == "interrupted":
         return _no_control("it was interrupted")
-    yardstick = Yardstick(photo, None, settings.metrics, settings.policy, plan.seed)
-    trial = illustrate(outcomes[0], control, yardstick, folder / "control", best=False)
+    yardstick: Yardstick[Any, Any] = Yardstick(example, None, settings.metrics, settings.policy, plan.seed)
+    trial = illustrate(medium, outcomes[0], control, yardstick, folder / "control", best=False)
     broken = settings.policy.broken_by(example.scores for example in trial.examples)
     verdict = "succeeded" if broken else "failed too, so its failure above says nothing"
     return Control(
         name="positive",
         passed=bool(broken),
-        text=f"Positive control: {label} on the undefended gradient of one photo {verdict}.",
+        text=f"Positive control: {label} on the undefended gradient of one {medium.specimen} {verdict}.",
         scores=trial.scores,
     )
 
@@ -292,6 +299,7 @@ def _model_summary(subject: Subject, view: View) -> ModelSummary:
         input_shape=list(victim.space.shape),
         mode=victim.mode,
         checkpoint=subject.checkpoint,
+        task=subject.medium.task(victim),
     )
 
 

@@ -1,15 +1,18 @@
 """The client's side of one round: a private batch -> the file the server sees.
 
-The truth goes to its own file (`leakaudit.data.save_truth`); nothing here writes labels
-or pixels.
+The truth goes to its own file (`leakaudit.data.save_truth`, `leakaudit.text_data.save_truth`);
+nothing here writes labels, pixels or tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from leakaudit.data import PrivateBatch
@@ -19,10 +22,14 @@ from leakaudit.formats.checkpoint import parameters_sha256
 from leakaudit.formats.manifest import Manifest, build_manifest
 from leakaudit.formats.phrases import counted
 from leakaudit.formats.writing import CREATED_BY, write_update
+from leakaudit.media import medium_of
 from leakaudit.models.victim import LOSSES, Victim
 from leakaudit.randomness import fork
 from leakaudit.rounds import Round, client_update, trained_buffers
 from leakaudit.update import Update
+
+if TYPE_CHECKING:
+    from leakaudit.text_data import PrivateText
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,7 @@ class Captured:
 
 def capture(
     victim: Victim,
-    batch: PrivateBatch,
+    batch: PrivateBatch | PrivateText,
     round: Round,
     *,
     defenses: Sequence[tuple[str, Defense]] = (),
@@ -52,12 +59,13 @@ def capture(
     """Run one client's round on `batch` and keep what it uploads.
 
     Args:
-        victim: the model as downloaded; its mode, loss and normalisation are the client's.
+        victim: the model as downloaded; its mode, loss and normalisation are the client's.  Dropout, which
+            only language models in train mode have, is drawn from `seed`.
         batch: exactly `round.num_examples` private examples.
         defenses: (spec, defense) in the order they are applied, the spec for the manifest.
         include_buffers: also share buffers, as a client that uploads its state dict does.
             They move only in train mode; defenses do not touch them.
-        seed: of the defenses' randomness.
+        seed: of the defenses' randomness, and dropout's.
 
     One local step is FedSGD (McMahan et al. 2017) and gives a gradient; several give a delta.
     Raises `InputError` when the batch does not fit the round or the model, the local steps do not
@@ -66,16 +74,10 @@ def capture(
     _refuse_idle_examples(round)
     if len(batch) != round.num_examples:
         raise InputError(f"the round takes {round.num_examples} examples, the batch holds {len(batch)}")
-    if tuple(batch.pixels.shape[1:]) != victim.space.shape:
-        raise InputError(
-            f"images of shape {tuple(batch.pixels.shape[1:])} for inputs of {victim.space.shape}"
-        )
-    if int(batch.labels.max()) >= victim.num_classes:
-        raise InputError(f"label {int(batch.labels.max())} for a model of {victim.num_classes} classes")
-    x = victim.space.encode(batch.pixels.to(victim.device, victim.dtype))
-    y = batch.labels.to(victim.device)
+    x, y = medium_of(victim).tensors(victim, batch)
     client = apply(client_update, [defense for _, defense in defenses], fork(seed, "capture/defenses"))
-    update = client(victim, victim.params, round, x, y).detach().to("cpu")
+    with _seeded_dropout(seed):
+        update = client(victim, victim.params, round, x, y).detach().to("cpu")
     if not update.is_finite():
         raise InputError(
             f"the update is not finite after {counted(round.local_steps, 'step')} with"
@@ -86,6 +88,14 @@ def capture(
         moved = trained_buffers(victim, round, x, y) if victim.mode == "train" else victim.buffers
         buffers = {name: tensor.detach().cpu().clone() for name, tensor in moved.items()}
     return Captured(update, buffers, _manifest(victim, round, update, buffers, defenses))
+
+
+@contextmanager
+def _seeded_dropout(seed: int) -> Iterator[None]:
+    """torch's own generator, from which dropout draws, seeded; put back afterwards."""
+    with torch.random.fork_rng():
+        torch.manual_seed(fork(seed, "capture/dropout").initial_seed())
+        yield
 
 
 def _refuse_idle_examples(round: Round) -> None:
@@ -135,7 +145,6 @@ def _manifest(
 ) -> Manifest:
     single = round.local_steps == 1
     loss, reduction = _loss(victim)
-    space = victim.space
     return build_manifest(
         {
             "kind": "gradient" if single else "delta",
@@ -147,9 +156,7 @@ def _manifest(
             "loss": loss,
             "reduction": reduction,
             "mode": victim.mode,
-            "normalisation": None if space.mean is None else {"mean": space.mean, "std": space.std},
-            "input_shape": space.shape,
-            "num_classes": victim.num_classes,
+            **medium_of(victim).manifest_fields(victim),
             "model": victim.name,
             "checkpoint_sha256": parameters_sha256({**victim.params, **victim.frozen}),
             "defenses": tuple(text for text, _ in defenses),

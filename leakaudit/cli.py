@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="leakaudit",
-    help="What do the updates of federated learning give away?  Reconstructs private images from shared gradients.",
+    help="What do the updates of federated learning give away?  Reconstructs private images and text.",
     epilog="Exit codes: 0 within policy, 1 leakage above the policy, 2 usage or input error, 3 inconclusive.",
     no_args_is_help=True,
     add_completion=False,
@@ -36,7 +36,19 @@ UpdateFile = Annotated[
     Path, typer.Argument(help="The file a client shared: .safetensors, .npz, .pt.", show_default=False)
 ]
 Model = Annotated[
-    str | None, typer.Option(help="Name, torchvision:NAME, file.py:factory or package.module:factory.")
+    str | None,
+    typer.Option(
+        help="Name, torchvision:NAME, file.py:factory, package.module:factory, or hf:NAME_OR_FOLDER for text."
+    ),
+]
+Task = Annotated[
+    str | None, typer.Option(help="Of a language model (hf:): classification, mlm or causal-lm.")
+]
+Lora = Annotated[
+    str | None,
+    typer.Option(
+        help="Adapters of a language model: rank=8,alpha=16,targets=query+value, or a folder of PEFT's."
+    ),
 ]
 Checkpoint = Annotated[Path | None, typer.Option(help="The model as the client downloaded it.")]
 Before = Annotated[
@@ -51,7 +63,7 @@ LearningRate = Annotated[float | None, typer.Option("--learning-rate", "--lr", h
 LocalSteps = Annotated[int | None, typer.Option(help="SGD steps between download and upload.")]
 BatchSize = Annotated[int | None, BATCH_SIZE]
 Examples = Annotated[int | None, typer.Option(help="Private examples in all; the batch size by default.")]
-Mode = Annotated[str | None, typer.Option(help="train or eval: the client's BatchNorm.")]
+Mode = Annotated[str | None, typer.Option(help="train or eval: the client's BatchNorm and dropout.")]
 Loss = Annotated[str | None, typer.Option(help="cross-entropy.")]
 Reduction = Annotated[str | None, REDUCTION]
 Normalisation = Annotated[
@@ -86,13 +98,14 @@ def _root(
 def demo(
     out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"),
     seed: Seed = 1,
+    text: Annotated[bool, typer.Option("--text", help="Sentences instead of photos.")] = False,
 ) -> None:
-    """Reconstruct bundled photos from gradients of small models, and write an HTML report."""
+    """Reconstruct bundled photos, or sentences, from gradients of small models, and write an HTML report."""
     from leakaudit.demo import run_demo
 
     console = Console()
     with progress_bar(Console(stderr=True)) as on_progress:
-        reports = run_demo(out, seed, console, on_progress)
+        reports = run_demo(out, seed, console, on_progress, text=text)
     for report in reports:
         console.print(f"Report: {report}", soft_wrap=True, highlight=False)
 
@@ -100,14 +113,26 @@ def demo(
 @app.command()
 def capture(
     model: Annotated[str, typer.Option(help="As for attack.")],
-    data: Annotated[str, typer.Option(help="Image, folder of images, .npz, or torchvision:NAME.")],
     out: Annotated[Path, typer.Option(help="Shared update to write (.safetensors).")],
+    data: Annotated[
+        str | None,
+        typer.Option(help="Private images: a file, a folder, .npz, or torchvision:NAME."),
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="Private sentences instead: .txt, .tsv, .csv or .jsonl, for a language model."),
+    ] = None,
+    task: Task = None,
+    lora: Lora = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Cut sentences off after so many tokens, instead of refusing them.")
+    ] = None,
     truth: Annotated[Path | None, typer.Option(help="Also write the private batch here.")] = None,
     checkpoint: Checkpoint = None,
     save_model: Annotated[
         Path | None,
         typer.Option(
-            help="Write the model the client downloaded; model.safetensors beside --out without --checkpoint."
+            help="Write the model the client downloaded; model.safetensors beside --out where a fresh one is made."
         ),
     ] = None,
     batch_size: Annotated[int, BATCH_SIZE] = 1,
@@ -118,7 +143,9 @@ def capture(
         int | None, typer.Option(help="Passes over the examples, instead of --local-steps.")
     ] = None,
     learning_rate: LearningRate = None,
-    mode: Annotated[str, typer.Option(help="train or eval: BatchNorm while the gradient is taken.")] = "eval",
+    mode: Annotated[
+        str, typer.Option(help="train or eval: BatchNorm and dropout while the gradient is taken.")
+    ] = "eval",
     normalisation: Annotated[str, typer.Option(help="As for attack; none feeds pixels in [0, 1].")] = "none",
     input_shape: InputShape = None,
     num_classes: Classes = None,
@@ -130,16 +157,20 @@ def capture(
     seed: Seed = 0,
     force: Force = False,
 ) -> None:
-    """Run the client's side on images and save the update it would share."""
+    """Run the client's side on images or sentences and save the update it would share."""
     from leakaudit.api import capture_update
 
-    fresh = checkpoint is None
+    fresh = checkpoint is None and not model.startswith("hf:")
     save_model = save_model or (out.parent / "model.safetensors" if fresh else None)
     _refuse_existing(force, out, truth, save_model)
     summary = capture_update(
         model,
         data,
         out,
+        text=text,
+        task=task,
+        lora=lora,
+        max_length=max_length,
         truth=truth,
         checkpoint=checkpoint,
         save_model=save_model,
@@ -181,6 +212,8 @@ def inspect(
     normalisation: Normalisation = None,
     input_shape: InputShape = None,
     num_classes: Classes = None,
+    task: Task = None,
+    lora: Lora = None,
     noise_std: NoiseStd = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     seed: Seed = 0,
@@ -191,7 +224,7 @@ def inspect(
 
     manifest = _manifest(
         kind, sign, learning_rate, local_steps, batch_size, examples, mode, loss, reduction,
-        normalisation, input_shape, num_classes, noise_std,
+        normalisation, input_shape, num_classes, task, lora, noise_std,
     )  # fmt: skip
     sources = Sources(update, model, checkpoint, before, manifest, device="cpu")
     opened = open_update(sources, seed)
@@ -223,11 +256,22 @@ def attack(
     ] = 600,
     restarts: Annotated[int | None, typer.Option(help="Random starts of every attack.", min=1)] = None,
     fail_on: Annotated[
-        str, typer.Option(help="Policy: thresholds that count as leakage; never: exit 0 for it.")
-    ] = "psnr>20,ssim>0.5",
-    metric: Annotated[list[str] | None, typer.Option(help="Scores to measure; see list metrics.")] = None,
+        str | None,
+        typer.Option(
+            help="Policy: thresholds that count as leakage, psnr>20,ssim>0.5 for images and bag-f1>0.5,rouge-l>0.5"
+            " for text unless given; never: exit 0 for it."
+        ),
+    ] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Scores to measure; unless given mse, psnr, ssim and lpips of images, all of text; see list metrics."
+        ),
+    ] = None,
     labels: Annotated[str | None, typer.Option(help="Labels given to the adversary: 3,8,8.")] = None,
-    pool: Annotated[str | None, typer.Option(help="Images to tell the private ones from.")] = None,
+    pool: Annotated[
+        str | None, typer.Option(help="Images, or a file of sentences, to tell the private ones from.")
+    ] = None,
     redact: Annotated[
         bool, typer.Option("--redact", help="Leave the originals out of everything written.")
     ] = False,
@@ -247,18 +291,20 @@ def attack(
     normalisation: Normalisation = None,
     input_shape: InputShape = None,
     num_classes: Classes = None,
+    task: Task = None,
+    lora: Lora = None,
     noise_std: NoiseStd = None,
     device: Device = "auto",
     seed: Seed = 0,
     force: Force = False,
 ) -> None:
-    """Reconstruct private images from a saved update, and report what it gives away."""
+    """Reconstruct private images or text from a saved update, and report what it gives away."""
     from leakaudit import api
     from leakaudit.atomic import writable_folder
 
     manifest = _manifest(
         kind, sign, learning_rate, local_steps, batch_size, examples, mode, loss, reduction,
-        normalisation, input_shape, num_classes, noise_std,
+        normalisation, input_shape, num_classes, task, lora, noise_std,
     )  # fmt: skip
     if html is not None:
         writable_folder(html.parent)
@@ -341,6 +387,8 @@ def _manifest(
     normalisation: str | None,
     input_shape: str | None,
     num_classes: int | None,
+    task: str | None,
+    lora: str | None,
     noise_std: float | None,
 ) -> Manifest | None:
     """What the options say about the file; None when they say nothing, so that nothing is overridden."""
@@ -356,6 +404,8 @@ def _manifest(
         "reduction": reduction,
         "input_shape": _shape(input_shape),
         "num_classes": num_classes,
+        "task": task,
+        "lora": lora,
         "noise_std": noise_std,
     }
     stated = {name: value for name, value in stated.items() if value is not None}

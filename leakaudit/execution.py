@@ -3,63 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from leakaudit.attacks.base import Attack, Monitor, OnStep, Reconstruction
-from leakaudit.attacks.registry import ATTACKS, AUTO, EXACT
+from leakaudit.attacks.base import Monitor, OnStep, Reconstruction
+from leakaudit.attacks.registry import ATTACKS, AUTO, EXACT, medium_of_attack
 from leakaudit.attempts import AttemptStore
 from leakaudit.errors import InputError
 from leakaudit.formats.phrases import first_line
+from leakaudit.media import MediumName, medium_of
+from leakaudit.outcomes import MATCHED, Chosen, Measured, Outcome
 from leakaudit.randomness import fork
-from leakaudit.results import Skipped, Verification
+from leakaudit.results import Skipped
 from leakaudit.spec import format_spec, parse
 from leakaudit.threat import View
-from leakaudit.verification import verify
-
-MATCHED = 1e-4
-"""Relative residual below which a further restart is not worth its time."""
 
 OnProgress = Callable[[str, int, int, float], None]
 """Called with (what is running, iteration, total, loss)."""
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """An attack to run; `automatic` when nobody asked for it by name."""
-
-    name: str
-    spec: str
-    attack: Attack
-    automatic: bool
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One attempt with its residual (`View.residual`) and wall time in seconds."""
-
-    restart: int
-    found: Reconstruction
-    residual: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """All attempts of one attack; `best` is the one with the smallest residual."""
-
-    chosen: Chosen
-    attempts: tuple[Measured, ...]
-    status: Literal["done", "interrupted", "failed"]
-    reason: str
-    seconds: float
-    verification: Verification | None = None
-
-    @property
-    def best(self) -> Measured | None:
-        return min(self.attempts, key=lambda attempt: attempt.residual, default=None)
 
 
 @dataclass(frozen=True)
@@ -81,11 +42,11 @@ class Plan:
     restarts: int | None = None
 
 
-def choose(specs: tuple[str, ...]) -> Iterator[Chosen]:
+def choose(specs: tuple[str, ...], auto: Sequence[str] = AUTO) -> Iterator[Chosen]:
     """The attacks that `specs` name, in their order, "auto" spelt out.  `InputError` for an unknown one."""
     for spec in specs:
         if spec == "auto":
-            for name in AUTO:
+            for name in auto:
                 yield Chosen(name, name, ATTACKS[name], automatic=True)
         else:
             attack = parse(spec, ATTACKS, "attack")
@@ -97,12 +58,15 @@ def run_attacks(
     view: View, plan: Plan, store_folder: Path, on_progress: OnProgress | None = None
 ) -> tuple[list[Outcome], list[Skipped]]:
     """Run the plan; Ctrl-C keeps the best candidate of the attack in progress and ends the run."""
-    chosen = list(choose(plan.attacks))
+    medium = medium_of(view.victim)
+    chosen = list(choose(plan.attacks, medium.auto))
     deadline = None if plan.budget is None else time.monotonic() + plan.budget
     outcomes: list[Outcome] = []
     skipped: list[Skipped] = []
     for position, entry in enumerate(chosen):
-        reason = entry.attack.applies(view) or _needless(entry, outcomes, deadline)
+        reason = (
+            _foreign(entry, medium.name) or entry.attack.applies(view) or _needless(entry, outcomes, deadline)
+        )
         if reason is not None:
             skipped.append(Skipped(attack=entry.name, reason=reason))
             continue
@@ -114,6 +78,11 @@ def run_attacks(
             skipped += [Skipped(attack=later.name, reason="interrupted before it began") for later in rest]
             break
     return outcomes, skipped
+
+
+def _foreign(entry: Chosen, medium: MediumName) -> str | None:
+    own = medium_of_attack(entry.name)
+    return None if own == medium else f"it reconstructs {own}, this model takes {medium}"
 
 
 def _needless(entry: Chosen, outcomes: list[Outcome], deadline: float | None) -> str | None:
@@ -173,7 +142,7 @@ def _run(
     best = min(attempts, key=lambda attempt: attempt.residual, default=None)
     check = None
     try:
-        check = None if best is None else verify(view, best.found.x, best.found.y)
+        check = None if best is None else medium_of(view.victim).verify(view, best.found.x, best.found.y)
     except KeyboardInterrupt:
         interrupted = True
     if interrupted:

@@ -4,14 +4,52 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from leakaudit.policy import Policy
+from leakaudit.policy import Medium, Policy
 from leakaudit.results import Control, Finding, Score, Trial, Verdict
 
 CONTRADICTION = 10.0
 """Measured error over proven error (both RMS) above which the originals are not those of the update."""
 HOPELESS = 0.9
 """Relative residual above which the checkpoint itself is in doubt."""
+
+
+@dataclass(frozen=True)
+class Nouns:
+    """How a verdict speaks of the private data.
+
+    Attributes:
+        private: as the subject of a sentence in the past tense, verb included.
+        possession: as its object.
+        specimen: one example.
+        unrelated: examples that have nothing to do with it.
+        proven: what a finding says that proves a leak by itself.
+    """
+
+    private: str
+    possession: str
+    specimen: str
+    unrelated: str
+    proven: str
+
+
+NOUNS: dict[Medium, Nouns] = {
+    "images": Nouns(
+        "Private images were",
+        "the private images",
+        "image",
+        "Unrelated images",
+        "The private images are in the shared update.",
+    ),
+    "text": Nouns(
+        "Private text was",
+        "the private text",
+        "sentence",
+        "Unrelated sentences",
+        "The words of the private text are in the shared update.",
+    ),
+}
 
 
 def judge(
@@ -22,11 +60,13 @@ def judge(
     *,
     truth_known: bool,
     findings: Sequence[Finding] = (),
+    medium: Medium = "images",
 ) -> Verdict:
     """The verdict over all trials.
 
     "leaks" as soon as one trial breaks the policy or, without the truth, explains the update to
-    its floor, unless other inputs are known to share the update;
+    its floor, unless other inputs are known to share the update, or a finding proves a leak
+    (severity "leak", `data["proven"]`);
     "not-recovered" only when the truth is known, nothing breaks the policy and the
     positive control succeeded; "inconclusive" otherwise.
     """
@@ -36,18 +76,18 @@ def judge(
         for sentence in policy.broken_by(example.scores for example in trial.examples)
     ]
     verified, matched = _checked(trials, "verified"), _checked(trials, "consistent")
-    text = str(policy)
+    text, nouns = str(policy), NOUNS[medium]
     if truth_known and broken:
         return Verdict(
             status="leaks",
-            headline="Private images were reconstructed.",
+            headline=f"{nouns.private} reconstructed.",
             reasons=[*broken, *verified],
             policy=text,
         )
     if not truth_known and verified:
         return Verdict(
             status="leaks",
-            headline="The shared update determines the private images.",
+            headline=f"The shared update determines {nouns.possession}.",
             reasons=verified,
             policy=text,
         )
@@ -58,6 +98,13 @@ def judge(
             reasons=[*matched, "Without a proof that it is the only one, take it for the private batch."],
             policy=text,
         )
+    proven = [
+        finding.text
+        for finding in findings
+        if finding.severity == "leak" and finding.data.get("proven") is True
+    ]
+    if not truth_known and proven:
+        return Verdict(status="leaks", headline=nouns.proven, reasons=proven, policy=text)
     reasons = _doubts(trials, best, findings)
     if truth_known and best is not None:
         scores = [example.scores for example in trials[best].examples]
@@ -76,9 +123,9 @@ def judge(
     if best is not None and positive is not None and positive.passed and not reasons:
         return Verdict(
             status="not-recovered",
-            headline="No attack that ran recovered the private images.",
+            headline=f"No attack that ran recovered {nouns.possession}.",
             reasons=[
-                "The same attack succeeds on an undefended update of one image.",
+                f"The same attack succeeds on an undefended update of one {nouns.specimen}.",
                 "This is what these attacks reached, not a bound on what others may reach.",
             ],
             policy=text,
@@ -145,13 +192,13 @@ def _doubts(trials: Sequence[Trial], best: int | None, findings: Sequence[Findin
     return doubts
 
 
-def floor_control(scores: Sequence[Score]) -> Control:
-    """What unrelated images score against the truth, from the chance levels of `scores`."""
+def floor_control(scores: Sequence[Score], medium: Medium = "images") -> Control:
+    """What unrelated examples score against the truth, from the chance levels of `scores`."""
     chances = [score for score in scores if score.chance is not None]
     parts = ", ".join(f"{score.metric} {score.chance:.3g} {score.unit}".strip() for score in chances)
     return Control(
         name="floor",
         passed=True,
-        text=f"Unrelated images score: {parts}.",
+        text=f"{NOUNS[medium].unrelated} score: {parts}.",
         scores=[score.model_copy(update={"value": score.chance, "chance": None}) for score in chances],
     )

@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from leakaudit.attacks.registry import ATTACKS, DESCRIPTIONS
+from leakaudit.attacks.registry import ATTACKS, DESCRIPTIONS, medium_of_attack
 from leakaudit.defenses import DEFENSES
 from leakaudit.metrics import METRICS
-from leakaudit.models.zoo import MODELS
+from leakaudit.models.zoo import LANGUAGE, MODELS
 from leakaudit.text_metrics import TEXT_METRICS
 
 
@@ -34,8 +34,11 @@ def _options(preset: object) -> str:
 
 
 def _attacks(console: Console) -> None:
-    rows = ((name, f"{DESCRIPTIONS[name]}\n{_options(attack)}") for name, attack in ATTACKS.items())
-    _print(console, ("attack", "what it does, and its options"), rows)
+    rows = (
+        (name, medium_of_attack(name), f"{DESCRIPTIONS[name]}\n{_options(attack)}")
+        for name, attack in ATTACKS.items()
+    )
+    _print(console, ("attack", "of", "what it does, and its options"), rows)
 
 
 def _defenses(console: Console) -> None:
@@ -47,7 +50,7 @@ def _defenses(console: Console) -> None:
 
 
 def _models(console: Console) -> None:
-    rows = (
+    rows = [
         (
             name,
             "x".join(map(str, entry.info.input_shape)),
@@ -55,7 +58,9 @@ def _models(console: Console) -> None:
             entry.info.description,
         )
         for name, entry in MODELS.items()
-    )
+    ]
+    language = "a language model of transformers with its tokenizer, by --task, from the hub or a folder"
+    rows.append((f"{LANGUAGE}NAME_OR_FOLDER", "text", "any", language))
     _print(console, ("model", "input", "classes", "what it is"), rows)
 
 

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, grad
+from torch.func import grad
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
@@ -124,13 +124,14 @@ def client_update(victim: Victim, params: Params, round: Round, x: Tensor, y: Te
 def trained_buffers(victim: Victim, round: Round, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     """All buffers (running means and variances, `num_batches_tracked`) as a train-mode client shares them."""
     tracking = copy.deepcopy(victim.module).train()
+    buffers = {name: tensor.clone() for name, tensor in victim.buffers.items()}
     for module in tracking.modules():
         if isinstance(module, _BatchNorm) and module.running_mean is not None:
             module.track_running_stats = True
         if isinstance(module, _DropoutNd):
             module.eval()
-    buffers = {name: tensor.clone() for name, tensor in victim.buffers.items()}
+    trained = replace(victim, module=tracking, buffers=buffers)
     for params, examples, _ in local_steps(victim, victim.params, round, x, y):
         with torch.no_grad():
-            functional_call(tracking, (dict(params), victim.frozen, buffers), (examples,))
+            trained.logits(params, examples)
     return buffers

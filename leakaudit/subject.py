@@ -11,17 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from leakaudit.atomic import sha256_of
-from leakaudit.data import PrivateBatch, load_batch, load_truth
 from leakaudit.errors import InputError
 from leakaudit.formats.checkpoint import load_checkpoint, parameters_sha256
 from leakaudit.formats.loading import SharedUpdate, check_checkpoint, load_update
 from leakaudit.formats.manifest import Manifest
-from leakaudit.formats.phrases import counted, first_line
+from leakaudit.formats.phrases import first_line
 from leakaudit.formats.reading import read_file
-from leakaudit.inspection import Inspection, inspect_update
+from leakaudit.inspection import Inspection
+from leakaudit.media import medium_of
 from leakaudit.models.victim import Victim
-from leakaudit.models.zoo import MODELS, load_victim, pixels
-from leakaudit.photos import distractors
+from leakaudit.models.zoo import LANGUAGE, MODELS, load_victim, pixels
 from leakaudit.randomness import fork
 from leakaudit.results import Finding
 from leakaudit.threat import View, inferred, known, see
@@ -36,13 +35,14 @@ class Sources:
         model: a spec for `leakaudit.models.zoo`, a module with its checkpoint loaded, or None
             to go by the manifest (built-in and torchvision models only).
         checkpoint: the model as the client downloaded it; None for freshly initialised weights
-            of seed 0, which must then match the manifest's hash.
+            of seed 0, which must then match the manifest's hash, or for what `hf:` itself holds.
         before: checkpoint before local training, when `update` is the one after it; without a
             `checkpoint` also the model as downloaded.
         manifest: facts that win over those in the file.
         labels: given to the adversary.
         truth: the private batch, as written by `capture`.
-        pool: images to tell the private ones from; None for crops of the bundled photos.
+        pool: images or sentences to tell the private ones from; None for crops of the bundled photos, or the
+            bundled sentences.
         device: "cpu", "cuda", ..., or "auto".
     """
 
@@ -69,14 +69,14 @@ def pick_device(name: str) -> torch.device:
 
 def open_victim(sources: Sources, manifest: Manifest) -> Victim:
     """The model as the client downloaded it, checked against the manifest's hash."""
-    mode, loss = manifest.mode or "eval", manifest.loss or "cross-entropy"
-    reduction = manifest.reduction or "mean"
+    loss, reduction = manifest.loss or "cross-entropy", manifest.reduction or "mean"
     if isinstance(sources.model, nn.Module):
         victim = _victim_of_module(sources.model, sources.checkpoint, manifest)
     else:
         spec = sources.model or _spec_from_manifest(manifest)
         checkpoint = sources.checkpoint or sources.before
-        if checkpoint is None and manifest.checkpoint_sha256 is None:
+        language = spec.startswith(LANGUAGE)
+        if checkpoint is None and manifest.checkpoint_sha256 is None and not language:
             raise InputError(
                 "no checkpoint given, and the update does not say which it belongs to; pass --checkpoint"
             )
@@ -86,17 +86,40 @@ def open_victim(sources: Sources, manifest: Manifest) -> Victim:
             num_classes=manifest.num_classes,
             input_shape=manifest.input_shape,
             normalisation=manifest.normalisation,
-            mode=mode,
+            mode="eval" if language else manifest.mode or "eval",  # nobody knows the dropout masks
             loss=loss,
             reduction=reduction,
+            task=manifest.task,
+            lora=_lora(sources, manifest),
         )
     check_checkpoint(manifest, parameters_sha256(victim.module))
     return victim.to(pick_device(sources.device))
 
 
+def _lora(sources: Sources, manifest: Manifest) -> str | None:
+    """A stranger's file may state options of adapters, but name no folder to read."""
+    stated = None if sources.manifest is None else sources.manifest.lora
+    if stated is None and manifest.lora is not None and Path(manifest.lora).exists():
+        raise InputError(f"the update names the folder {manifest.lora!r} of its adapters; pass it as --lora")
+    return manifest.lora
+
+
 def _victim_of_module(module: nn.Module, checkpoint: str | Path | None, manifest: Manifest) -> Victim:
+    if manifest.task is not None:
+        from leakaudit.models.language import victim_of_pretrained  # transformers, which images do without
+
+        return victim_of_pretrained(
+            module,
+            manifest.task,
+            checkpoint,
+            manifest.loss or "cross-entropy",
+            manifest.reduction or "mean",
+        )
     if manifest.input_shape is None or manifest.num_classes is None:
-        raise InputError("input_shape and num_classes are needed with a module; pass them in the manifest")
+        raise InputError(
+            "input_shape and num_classes are needed with a module, or the task of a language model; pass them in"
+            " the manifest"
+        )
     if checkpoint is not None:
         load_checkpoint(module, checkpoint)
     return Victim.of(
@@ -116,9 +139,8 @@ def _spec_from_manifest(manifest: Manifest) -> str:
     if spec is None:
         raise InputError("no model given, and the update does not name one; pass --model")
     if spec.partition(":")[0].strip() not in (*MODELS, "torchvision"):
-        raise InputError(
-            f"the update names its model {spec!r}; code is loaded only when you pass it as --model"
-        )
+        what = "a model of the hub is fetched" if spec.startswith(LANGUAGE) else "code is loaded"
+        raise InputError(f"the update names its model {spec!r}; {what} only when you pass it as --model")
     return spec
 
 
@@ -144,17 +166,16 @@ def open_update(sources: Sources, seed: int = 0) -> Opened:
     device = victim.device
     shared = replace(shared, update=shared.update.to(device))
     labels = None if sources.labels is None else _labels(sources.labels, victim)
-    view = see(victim, shared, labels)
-    inspection = inspect_update(
+    view, medium = see(victim, shared, labels), medium_of(victim)
+    inspection = medium.inspect(
         view,
         buffers_after=shared.buffers or None,
         raw=shared.raw,
         dtypes=shared.dtypes,
         generator=fork(seed, "inspection"),
     )
-    return Opened(
-        shared, learn(view, inspection), inspection, _hashes(sources, shared), _findings(shared, inspection)
-    )
+    findings = (*_findings(shared, inspection), *medium.remarks(victim, manifest))
+    return Opened(shared, learn(view, inspection), inspection, _hashes(sources, shared), findings)
 
 
 def _hashes(sources: Sources, shared: SharedUpdate) -> dict[str, str]:
@@ -217,30 +238,12 @@ def learn(view: View, inspection: Inspection) -> View:
 
 
 def _labels(labels: Sequence[int], victim: Victim) -> Tensor:
+    task = medium_of(victim).task(victim)
+    if task not in (None, "classification"):
+        raise InputError(
+            f"labels are of classification; those of task {task} are the private tokens themselves"
+        )
     wrong = [label for label in labels if not 0 <= label < victim.num_classes]
     if wrong:
         raise InputError(f"label {wrong[0]} is not a class; accepted: 0 to {victim.num_classes - 1}")
     return torch.tensor(list(labels), dtype=torch.int64, device=victim.device)
-
-
-def read_truth(path: str | Path, view: View) -> PrivateBatch:
-    """The private batch of a truth file, checked against the view."""
-    truth = load_truth(path)
-    if tuple(truth.pixels.shape[1:]) != view.victim.space.shape:
-        raise InputError(
-            f"{path} holds images of shape {tuple(truth.pixels.shape[1:])}, the model takes {view.victim.space.shape}"
-        )
-    stated = view.knowledge.batch_size
-    if stated.status == "known" and len(truth.pixels) != stated.value:
-        raise InputError(
-            f"{path} holds {counted(len(truth.pixels), 'image')}, the update is of "
-            f"{counted(int(stated.value), 'example')} (manifest or --batch-size)"
-        )
-    return truth
-
-
-def read_pool(path: str | Path | None, view: View) -> Tensor:
-    """(P, C, H, W) images to tell the private ones from."""
-    if path is None:
-        return distractors(view.victim.space)
-    return load_batch(path, view.victim.space.shape, None).pixels

@@ -127,7 +127,7 @@ class View:
 
     @property
     def unknowns(self) -> int:
-        """Numbers to find: all pixels of all examples."""
+        """Numbers to find: all pixels, or tokens at most, of all examples."""
         return self.round.num_examples * self.victim.space.unknowns
 
     def residual(self, x: Tensor, y: Tensor) -> float:
@@ -195,7 +195,7 @@ def see(victim: Victim, shared: SharedUpdate, labels: Tensor | None = None) -> V
             f"assumed {manifest.loss or 'cross-entropy'}, {manifest.reduction or 'mean'}",
         ),
         normalisation=_said(
-            None if victim.space.mean is None else (victim.space.mean, victim.space.std),
+            victim.normalisation,
             "pixels are shown as model inputs, without a box to stay in",
         ),
         defense=_said(manifest.defenses, "assumed none"),
@@ -212,6 +212,6 @@ def _said(value: Any, otherwise: str) -> Fact:
 def _mode(victim: Victim, mode: str | None) -> Fact:
     if mode is not None:
         return known(mode, "manifest or option")
-    if not victim.batch_norms():
+    if not victim.mode_matters:
         return inferred(victim.mode, "no BatchNorm: both modes give the same gradients")
     return Fact(source=f"assumed {victim.mode}")

@@ -159,7 +159,8 @@ def _rounding(view: View, x: Tensor, y: Tensor) -> dict[str, float]:
 
 
 def _simulate(view: View, x: Tensor, y: Tensor, dtype: torch.dtype) -> Update:
-    update = view.simulate(x.to(dtype), y.to(dtype) if y.is_floating_point() else y).detach()
+    x, y = (tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in (x, y))
+    update = view.simulate(x, y).detach()
     if not view.scale_free:
         return update
     return update * (float(view.observed.norm()) / float(update.norm()))

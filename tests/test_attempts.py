@@ -9,7 +9,6 @@ import pytest
 import torch
 from tiny_audits import timeless, victim_of, view_of
 
-from leakaudit import execution
 from leakaudit.attacks.base import Monitor, Reconstruction
 from leakaudit.attacks.registry import ATTACKS
 from leakaudit.attempts import AttemptStore
@@ -196,7 +195,7 @@ def test_ctrl_c_while_verifying_keeps_the_reconstruction(
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(execution, "verify", stop)
+    monkeypatch.setattr("leakaudit.media.images.verify", stop)
     outcomes, skipped = run_attacks(view_of(victim_of("smooth")), PLAN, tmp_path)
     assert [outcome.status for outcome in outcomes] == ["interrupted"]
     assert outcomes[0].best is not None

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from leakaudit.attacks.base import Reconstruction
-from leakaudit.illustration import Album
+from leakaudit.media.images import Album
 from leakaudit.models.spaces import Pixels
 
 

@@ -115,7 +115,7 @@ def test_truth_enters_where_it_may() -> None:
     """The metrics, which hold the truth against a reconstruction, are called after the attacks only."""
     scores = {"metrics", "text_metrics"}
     users = {part(path) for path in modules() if scores & own(imports(path))}
-    assert users <= {"auditing", "illustration", "api", "listing", *scores}
+    assert users <= {"auditing", "media", "api", "listing", *scores}
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["attack", "--help"], ["--version"]])

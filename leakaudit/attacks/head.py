@@ -196,7 +196,10 @@ def _monotone_output_bias(victim: Victim) -> str | None:
     name = next((n for n in reversed(victim.params) if victim.params[n].shape == (victim.num_classes,)), None)
     if name is None:
         return None
-    probe = victim.space.sample(2, torch.Generator().manual_seed(0)).to(victim.device, victim.dtype)
+    probe = victim.probe()
+    with torch.no_grad():
+        if victim.logits(victim.params, probe).shape != (len(probe), victim.num_classes):
+            return None
 
     def logits(bias: Tensor) -> Tensor:
         return victim.logits({**victim.params, name: bias}, probe).sum(0)

@@ -224,25 +224,29 @@ def _fit_scale(bias_gradient: Tensor, mean: Tensor, count: int) -> float:
 
 
 def _mean_probabilities(victim: Victim, generator: torch.Generator) -> dict[str, Tensor]:
-    """Mean softmax (K,) over three kinds of random inputs: noise, smooth noise, plain colours."""
-    noise = victim.space.sample(PROBES, generator).to(victim.device, victim.dtype)
+    """Mean softmax (K,) over each kind of random inputs: noise, smooth noise, plain colours; or random tokens."""
+    with torch.no_grad():
+        return {
+            name: exact(victim.logits(victim.params, inputs)).softmax(-1).mean(0)
+            for name, inputs in _random_kinds(victim.sample(PROBES, generator)).items()
+        }
+
+
+def _random_kinds(noise: Tensor) -> dict[str, Tensor]:
+    if not noise.is_floating_point():
+        return {"random tokens": noise}
     size = noise.shape[-2:]
     coarse = F.adaptive_avg_pool2d(noise, (min(4, size[0]), min(4, size[1])))
     smooth = F.interpolate(coarse / coarse.std(), size=size, mode="bilinear", align_corners=False)
     plain = noise[..., :1, :1].expand_as(noise)
-    kinds = {"noise": noise, "smooth noise": smooth, "plain colours": plain}
-    with torch.no_grad():
-        return {
-            name: exact(victim.logits(victim.params, inputs)).softmax(-1).mean(0)
-            for name, inputs in kinds.items()
-        }
+    return {"noise": noise, "smooth noise": smooth, "plain colours": plain}
 
 
 def probe_features(view: View, generator: torch.Generator) -> Tensor:
     """Inputs of the last layer for random model inputs, (PROBES, F) float64."""
     victim = view.victim
     with torch.no_grad():
-        return exact(victim.features(victim.space.sample(PROBES, generator).to(victim.device, victim.dtype)))
+        return exact(victim.features(victim.sample(PROBES, generator)))
 
 
 def _separated(found: Separation, estimate: LabelInference) -> LabelInference:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from leakaudit.attacks.base import Attack
 from leakaudit.attacks.gradient_matching import (
     DLG,
@@ -14,7 +16,7 @@ from leakaudit.attacks.levenberg_marquardt import LevenbergMarquardt
 from leakaudit.attacks.linear import Linear, PatchEmbeddingInverse
 from leakaudit.attacks.recursive import Recursive
 
-ATTACKS: dict[str, Attack] = {
+IMAGE_ATTACKS: dict[str, Attack] = {
     "linear": Linear(),
     "patch-embedding": PatchEmbeddingInverse(),
     "recursive": Recursive(),
@@ -25,6 +27,10 @@ ATTACKS: dict[str, Attack] = {
     "inverting-gradients": INVERTING_GRADIENTS,
     "tuned-inverting-gradients": TUNED_INVERTING_GRADIENTS,
 }
+
+TEXT_ATTACKS: dict[str, Attack] = {}
+
+ATTACKS: dict[str, Attack] = IMAGE_ATTACKS | TEXT_ATTACKS
 
 DESCRIPTIONS: dict[str, str] = {
     "linear": "closed form through the first fully connected layer (Phong et al. 2017, Boenisch et al. 2021)",
@@ -47,8 +53,16 @@ AUTO = (
     "idlg",
     "tuned-inverting-gradients",
 )
-"""What `auto` tries, from cheap to dear."""
+"""What `auto` tries on images, from cheap to dear."""
+
+TEXT_AUTO: tuple[str, ...] = ()
+"""What `auto` tries on text, from cheap to dear."""
 
 EXACT = ("linear", "patch-embedding", "levenberg-marquardt", "dlg", "idlg")
 """Attacks without a prior on images: once the update is matched, another match tells nothing new,
 while a prior can still choose among the inputs that share the update."""
+
+
+def medium_of_attack(name: str) -> Literal["images", "text"]:
+    """What the attack reconstructs."""
+    return "text" if name in TEXT_ATTACKS else "images"

@@ -60,7 +60,14 @@ def load_checkpoint(module: nn.Module, path: str | Path) -> str:
 def compare(state: Mapping[str, Tensor], module: nn.Module) -> list[str]:
     """What keeps `state` from being loaded into `module`, a phrase for each kind; empty when it fits."""
     expected = module.state_dict()
-    missing = [n for n in expected if n not in state and not n.endswith("num_batches_tracked")]
+    there = {expected[name].data_ptr() for name in state if name in expected}  # tied weights may come once
+    missing = [
+        name
+        for name, tensor in expected.items()
+        if name not in state
+        and not name.endswith("num_batches_tracked")
+        and not (tensor.numel() and tensor.data_ptr() in there)
+    ]
     unexpected = [name for name in state if name not in expected]
     shared = [(name, state[name], tensor) for name, tensor in expected.items() if name in state]
     shapes = [

@@ -36,6 +36,8 @@ def save_update(
     normalisation: tuple[Sequence[float], Sequence[float]] | None = None,
     input_shape: tuple[int, int, int] | None = None,
     num_classes: int | None = None,
+    task: str | None = None,
+    lora: str | None = None,
     model_name: str | None = None,
     checkpoint_sha256: str | None = None,
     defenses: Sequence[str] | None = None,
@@ -63,6 +65,8 @@ def save_update(
         loss, reduction: "cross-entropy" and "mean" or "sum".
         normalisation: (mean, std) a channel, of pixels in [0, 1].
         input_shape: (C, H, W).
+        task, lora: of a language model, see `leakaudit.models.language`; of adapters the options, such as
+            "rank=8,alpha=16,targets=query+value".
         num_classes, model_name, checkpoint_sha256, defenses, noise_std: see `Manifest`.
         buffers: also save BatchNorm statistics and the like.
 
@@ -93,6 +97,8 @@ def save_update(
             "normalisation": _normalisation(normalisation),
             "input_shape": input_shape,
             "num_classes": num_classes,
+            "task": task,
+            "lora": lora,
             "model": model_name,
             "checkpoint_sha256": checkpoint_sha256 or _hash_of(before, model),
             "defenses": defenses,

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from logging import ERROR
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -30,7 +30,7 @@ from leakaudit.formats.phrases import first_line
 from leakaudit.models.architectures import ARCHITECTURES, Architecture
 from leakaudit.models.lora import Lora, attach
 from leakaudit.models.spaces import NO_TOKEN, Tokens
-from leakaudit.models.victim import LOSSES, Mode, Params, Victim
+from leakaudit.models.victim import LOSSES, Classifier, Mode, Params, Victim
 from leakaudit.spec import suggest
 
 Task = Literal["classification", "mlm", "causal-lm"]
@@ -61,6 +61,7 @@ class LanguageVictim(Victim):
         task: what the head does.
         architecture: None for a family that is not in `ARCHITECTURES`.
         fresh: parameters that the checkpoint did not hold and that were initialised at random.
+        lora: the adapters, as `leakaudit.models.lora.Lora.parse` takes them; None without.
     """
 
     module: PreTrainedModel
@@ -68,6 +69,7 @@ class LanguageVictim(Victim):
     task: Task = "classification"
     architecture: Architecture | None = None
     fresh: tuple[str, ...] = ()
+    lora: str | None = None
 
     def with_mode(self, mode: Mode) -> LanguageVictim:
         return replace(self, module=copy.deepcopy(self.module).train(mode == "train"), mode=mode)
@@ -93,10 +95,40 @@ class LanguageVictim(Victim):
         labelled = y != IGNORED
         return self.loss_function(logits[labelled], y[labelled])
 
-    def probe(self, count: int = 2) -> Tensor:
-        generator = torch.Generator().manual_seed(0)
-        length = min(8, self.space.max_length)
-        return torch.randint(self.space.vocabulary, (count, length), generator=generator).to(self.device)
+    def classifier(self) -> Classifier | None:
+        """As for images; or the layer that scores every token, of which decoders take the last one's."""
+        name, module, _, output = self.modules_in_order()[-1]
+        scores_tokens = self.task == "classification" and output.shape[2:] == (self.num_classes,)
+        if not scores_tokens or not isinstance(module, nn.Linear):
+            return super().classifier()
+        bias = None if module.bias is None else f"{name}.bias"
+        return Classifier(weight=f"{name}.weight", bias=bias, module=name)
+
+    def features(self, x: Tensor) -> Tensor:
+        found = super().features(x)
+        if found.dim() == 2:
+            return found
+        there = ~x.isnan().any(-1) if x.is_floating_point() else x != NO_TOKEN
+        return found[torch.arange(len(found), device=x.device), there.sum(1) - 1]
+
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+        return self.space.sample(count, generator).to(self.device)
+
+    def probe_labels(self, count: int) -> Tensor:
+        return super().probe_labels(count) if self.task == "classification" else self.probe(count)
+
+    @property
+    def normalisation(self) -> None:
+        """Tokens have none."""
+        return None
+
+    @property
+    def mode_matters(self) -> bool:
+        """Whether dropout, of modules or of functions, changes the outputs in train mode."""
+        module, probe = self.with_mode("train"), self.probe()
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            return not torch.equal(module.logits(self.params, probe), module.logits(self.params, probe))
 
     @property
     def filler(self) -> int:
@@ -251,12 +283,15 @@ def load_language_victim(
         adapter = None if lora is None else Lora.parse(lora)
         if adapter is not None:
             attach(module, adapter, head=_head(module, task))
+        tokenizer = _tokenizer(name)
     if checkpoint is not None:
         load_checkpoint(module, checkpoint)
     module.config.pad_token_id = _padding(module)
-    fresh = () if checkpoint is not None else tuple(sorted(info["missing_keys"]))
-    victim = language_victim(module, _tokenizer(name), task, mode, loss, reduction, name=spec)
-    return replace(victim, fresh=fresh)
+    fresh = sorted(info["missing_keys"])
+    if adapter is not None and adapter.folder is None:
+        fresh += [parameter for parameter, _ in module.named_parameters() if ".lora_" in parameter]
+    victim = language_victim(module, tokenizer, task, mode, loss, reduction, name=spec)
+    return replace(victim, fresh=() if checkpoint is not None else tuple(fresh), lora=lora)
 
 
 def language_victim(
@@ -294,6 +329,35 @@ def language_victim(
         task=task,
         architecture=architecture,
     )
+
+
+def victim_of_pretrained(
+    module: nn.Module,
+    task: Task,
+    checkpoint: str | Path | None = None,
+    loss: str = "cross-entropy",
+    reduction: str = "mean",
+) -> LanguageVictim:
+    """A user's own transformers module, copied, with the tokenizer of where it was loaded from, if any.
+
+    Raises `InputError` for a module that is not transformers', or does not do the task.
+    """
+    name = type(module).__name__
+    if not isinstance(module, PreTrainedModel):
+        raise InputError(f"task {task} is of language models; {name} is no model of transformers")
+    if checkpoint is not None:
+        load_checkpoint(module, checkpoint)
+    origin = module.name_or_path
+    with _quiet():
+        tokenizer = _tokenizer(origin) if origin else None
+    victim = language_victim(module, tokenizer, task, "eval", loss, reduction, name=name)
+    victim.module.set_attn_implementation("eager")  # others cannot be differentiated twice
+    victim.module.config.pad_token_id = victim.filler
+    with torch.no_grad():
+        shape = tuple(victim.logits(victim.params, victim.probe()).shape)
+    if (len(shape) == 2) != (task == "classification"):
+        raise InputError(f"{name} returns scores of shape {shape}, which do not fit task {task}")
+    return victim
 
 
 def _word_rows(module: PreTrainedModel) -> Tensor:
@@ -341,13 +405,18 @@ def _pretrained(kind: Any, name: str, what: str, **options: Any) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' reports on loading; what was freshly initialised is in `LanguageVictim.fresh`."""
+    """Without transformers' reports on loading, nor the hub's on every vain try to reach it; what was freshly
+    initialised is in `LanguageVictim.fresh`."""
     before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    hub = getLogger("huggingface_hub")
+    level = hub.level
     logging.set_verbosity(ERROR)
+    hub.setLevel(ERROR)
     show_bars: Any = (logging.disable_progress_bar, logging.enable_progress_bar)
     show_bars[False]()
     try:
         yield
     finally:
         logging.set_verbosity(before)
+        hub.setLevel(level)
         show_bars[bars]()

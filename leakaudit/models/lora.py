@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +48,13 @@ class Lora:
             raise ValueError(f"rank must be at least 1, got {self.rank}")
 
     @property
+    def options(self) -> str:
+        """What `parse` makes the same adapters of, weights apart, without naming a folder."""
+        return (
+            f"rank={self.rank},alpha={self.alpha:g},targets={self.targets},rslora={str(self.rslora).lower()}"
+        )
+
+    @property
     def scale(self) -> float:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
@@ -57,7 +65,7 @@ class Lora:
         Raises `InputError` for anything else.
         """
         folder = Path(text)
-        if not folder.is_dir():
+        if not os.path.isdir(text):
             return parse(f"lora:{text}", {"lora": cls()}, "adapter")
         try:
             config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 NO_TOKEN = -1
 """Fills up the rows of a batch of sentences; no token of any vocabulary."""
+SAMPLE_LENGTH = 8
+"""Tokens of a random sentence."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,11 @@ class Tokens:
     def special(self) -> frozenset[int]:
         """Tokens that the tokenizer adds by itself ([CLS], [SEP], [MASK], <|endoftext|>, ...)."""
         return frozenset(() if self.tokenizer is None else self.tokenizer.all_special_ids)
+
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+        """Random sentences of `SAMPLE_LENGTH` tokens at most, (count, L) int64, on the generator's device."""
+        shape = (count, min(SAMPLE_LENGTH, self.max_length))
+        return torch.randint(self.vocabulary, shape, generator=generator, device=generator.device)
 
     def pieces(self, row: Tensor) -> list[str]:
         """The tokens of one sentence (L,), each as text; `NO_TOKEN` is left out."""

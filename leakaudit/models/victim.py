@@ -132,6 +132,17 @@ class Victim:
     def dtype(self) -> torch.dtype:
         return next(iter(self.params.values())).dtype
 
+    @property
+    def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """(mean, std) a channel; None when it is unknown."""
+        space = self.space
+        return None if space.mean is None or space.std is None else (space.mean, space.std)
+
+    @property
+    def mode_matters(self) -> bool:
+        """Whether train and eval mode give different gradients."""
+        return bool(self.batch_norms())
+
     def logits(self, params: Params, x: Tensor) -> Tensor:
         """(B, K) outputs for model inputs (B, C, H, W)."""
         return functional_call(self.module, (dict(params), self.frozen, self.buffers), (x,))
@@ -219,7 +230,14 @@ class Victim:
 
     def probe(self, count: int = 2) -> Tensor:
         """The same `count` random model inputs each time; `modules_in_order` runs on `probe()`."""
-        generator = torch.Generator().manual_seed(0)
+        return self.sample(count, torch.Generator().manual_seed(0))
+
+    def probe_labels(self, count: int) -> Tensor:
+        """Labels that go with `probe(count)`: every class in turn."""
+        return torch.arange(count, device=self.device) % self.num_classes
+
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+        """`count` random model inputs, on the victim's device."""
         return self.space.sample(count, generator).to(self.device, self.dtype)
 
     def _check_shapes(self) -> None:

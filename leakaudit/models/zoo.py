@@ -51,6 +51,9 @@ NORMALISATIONS: dict[str, Normalisation] = {
 "none" says that the model sees the pixels as they are.  The akamaster CIFAR ResNets use "imagenet".
 """
 
+LANGUAGE = "hf:"
+"""What specs of language models begin with."""
+
 COMMON_SIZES = (32, 28, 64, 96, 128, 160, 224, 256, 384, 512)
 """Input heights tried, after the model's own, when a checkpoint is to tell the input shape."""
 
@@ -413,7 +416,7 @@ def load_victim(
 
     Raises `InputError` for anything that does not fit together.
     """
-    if spec.startswith("hf:"):
+    if spec.startswith(LANGUAGE):
         from leakaudit.models.language import load_language_victim  # transformers, which images do without
 
         return load_language_victim(
