@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from leakaudit.attacks.base import Attack
+from leakaudit.attacks.embedding_matching import EMBEDDING_ATTACKS
 from leakaudit.attacks.gradient_matching import (
     DLG,
     IDLG,
@@ -15,6 +16,7 @@ from leakaudit.attacks.gradient_matching import (
 from leakaudit.attacks.levenberg_marquardt import LevenbergMarquardt
 from leakaudit.attacks.linear import Linear, PatchEmbeddingInverse
 from leakaudit.attacks.recursive import Recursive
+from leakaudit.attacks.text_recovery import EXACT_TEXT_ATTACKS
 
 IMAGE_ATTACKS: dict[str, Attack] = {
     "linear": Linear(),
@@ -28,7 +30,7 @@ IMAGE_ATTACKS: dict[str, Attack] = {
     "tuned-inverting-gradients": TUNED_INVERTING_GRADIENTS,
 }
 
-TEXT_ATTACKS: dict[str, Attack] = {}
+TEXT_ATTACKS: dict[str, Attack] = EXACT_TEXT_ATTACKS | EMBEDDING_ATTACKS
 
 ATTACKS: dict[str, Attack] = IMAGE_ATTACKS | TEXT_ATTACKS
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from leakaudit.attacks.assembly import accepted, assemble, by_evidence, grow
-from leakaudit.attacks.base import Monitor, Reconstruction, Stop, require_positive
+from leakaudit.attacks.base import Attack, Monitor, Reconstruction, Stop, require_positive
 from leakaudit.attacks.rows import Rows, place, read_rows, text_victim
 from leakaudit.attacks.spans import Span, attention_span, scan
 from leakaudit.attacks.token_labels import complete_labels, refine
@@ -229,7 +229,7 @@ def with_last_tokens(view: View, victim: LanguageVictim, x: Tensor) -> Tensor:
     return x
 
 
-TEXT_ATTACKS = {
+EXACT_TEXT_ATTACKS: dict[str, Attack] = {
     "bag-of-tokens": BagOfTokens(),
     "position-rows": PositionRows(),
     "span-check": SpanCheck(),

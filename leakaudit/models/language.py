@@ -78,13 +78,29 @@ class LanguageVictim(Victim):
         """(N, K) class scores, or (N, L, V) token scores."""
         if x.is_floating_point():
             there = ~x.isnan().any(dim=-1)
-            inputs = {"inputs_embeds": x.where(there[..., None], 0.0)}
-        else:
-            there = x != NO_TOKEN
-            inputs = {"input_ids": x.where(there, self.filler)}
-        tensors = (dict(params), self.frozen, self.buffers)
-        found = functional_call(self.module, tensors, (), {**inputs, "attention_mask": there.long()})
-        return found.logits
+            with self._embedding_as(x.where(there[..., None], 0.0)):
+                return self._scores(params, there.long() * (self.filler == 0), there)
+        there = x != NO_TOKEN
+        return self._scores(params, x, there)
+
+    def _scores(self, params: Params, tokens: Tensor, there: Tensor) -> Tensor:
+        inputs = {"input_ids": tokens.where(there, self.filler), "attention_mask": there.long()}
+        return functional_call(self.module, (dict(params), self.frozen, self.buffers), (), inputs).logits
+
+    @contextmanager
+    def _embedding_as(self, rows: Tensor) -> Iterator[None]:
+        """The word embedding answers with these rows (N, L, H), whatever it is asked.
+
+        Unlike `inputs_embeds` this leaves transformers the token numbers, by which decoders find the end of
+        a sentence to classify, and Gemma the factor on its rows.
+        """
+        embedding = self.module.get_input_embeddings()
+        scale = getattr(embedding, "embed_scale", 1.0)
+        handle = embedding.register_forward_hook(lambda *_: rows * scale)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def loss(self, params: Params, x: Tensor, y: Tensor) -> Tensor:
         logits = self.logits(params, x)
@@ -286,7 +302,6 @@ def load_language_victim(
         tokenizer = _tokenizer(name)
     if checkpoint is not None:
         load_checkpoint(module, checkpoint)
-    module.config.pad_token_id = _padding(module)
     fresh = sorted(info["missing_keys"])
     if adapter is not None and adapter.folder is None:
         fresh += [parameter for parameter, _ in module.named_parameters() if ".lora_" in parameter]
@@ -309,6 +324,7 @@ def language_victim(
         raise InputError(f"loss {loss}/{reduction} is not supported; accepted: {known}")
     module = copy.deepcopy(module).train(mode == "train")
     config: Any = module.config
+    config.pad_token_id = _padding(module)
     vocabulary = _word_rows(module).shape[0]
     if tokenizer is not None and len(tokenizer) > vocabulary:
         raise InputError(
@@ -374,8 +390,11 @@ def _max_length(
 
 
 def _padding(module: PreTrainedModel) -> int:
-    token = getattr(module.config, "pad_token_id", None)
-    return 0 if token is None else int(token)
+    """The padding token, or as people choose it for models without one the token that ends a text, or 0."""
+    config: Any = module.config
+    token = config.pad_token_id if config.pad_token_id is not None else config.eos_token_id
+    first = token[0] if isinstance(token, list) else token
+    return 0 if first is None else int(first)
 
 
 def _head(module: PreTrainedModel, task: Task) -> tuple[str, ...]:
@@ -387,10 +406,12 @@ def _head(module: PreTrainedModel, task: Task) -> tuple[str, ...]:
 
 
 def _tokenizer(name: str) -> PreTrainedTokenizerBase | None:
+    """None for a model without; transformers then makes up one of special tokens alone for some families."""
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        found = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError):
         return None
+    return found if len(found) > len(found.all_special_ids) else None
 
 
 def _pretrained(kind: Any, name: str, what: str, **options: Any) -> Any:
