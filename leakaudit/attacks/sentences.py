@@ -28,6 +28,7 @@ from leakaudit.attacks.optimise import Candidate
 from leakaudit.models.language import IGNORED, LanguageVictim
 from leakaudit.models.spaces import NO_TOKEN, Tokens
 from leakaudit.threat import View
+from leakaudit.update import Update
 
 MATCHED = 1e-5
 """Relative residual of token numbers below which nothing is left to find: they are what was shared."""
@@ -119,8 +120,8 @@ class Sentences:
 
     def _arranged(self, x: Tensor, inputs: Tensor, places: Tensor) -> Tensor:
         """(P,) tokens for the places of one sentence from its embeddings and their attention inputs."""
-        pool, which = self.similarity(x).topk(min(NEAR, len(self.rows)), dim=1).indices.unique(
-            return_inverse=True
+        pool, which = (
+            self.similarity(x).topk(min(NEAR, len(self.rows)), dim=1).indices.unique(return_inverse=True)
         )
         made = F.normalize(self.made_inputs(pool, int(places.max()) + 1)[:, places], dim=-1)
         fits = torch.stack([made[own] @ h for own, h in zip(which, F.normalize(inputs, dim=-1), strict=True)])
@@ -129,6 +130,15 @@ class Sentences:
         tokens = torch.empty_like(places)
         tokens[goals] = pool[which[slots, best.indices[slots, goals]]]
         return tokens
+
+    def moved(self, x: Tensor, order: Tensor) -> Tensor:
+        """The candidate whose place i is taken by embedding order[i], changed so that the sum with the
+        position row stays; (F,) `order` keeps to a sentence."""
+        name = self.victim.position
+        assert name is not None
+        rows = {**self.victim.params, **self.victim.frozen}[name].detach()
+        here = rows[self.victim.first_position + self.free.nonzero()[:, 1]]
+        return x[order] + here[order] - here
 
     def made_inputs(self, pool: Tensor, length: int) -> Tensor:
         """(K, L, H) inputs of the first attention that each of (K,) tokens makes at each of L places."""
@@ -250,6 +260,18 @@ def explained(view: View) -> View:
         victim=replace(victim, params=params, frozen=frozen),
         observed=view.observed.select(kept),
     )
+
+
+def by_position_rows(view: View, sentences: Sentences, simulated: Update) -> Tensor | None:
+    """(F,) the order of embeddings in which their position rows' gradients fit the observed ones best;
+    None for more than one sentence, whose rows are summed, or where these were not shared."""
+    name = language(view).position
+    if not sentences.movable or name not in view.observed or len(sentences.there) > 1:
+        return None
+    places = language(view).first_position + sentences.free.nonzero()[:, 1]
+    ours, theirs = (F.normalize(update[name][places], dim=1) for update in (simulated, view.observed))
+    _, order = linear_sum_assignment(-(theirs @ ours.T).detach().cpu().double().numpy())
+    return torch.from_numpy(order).to(places.device)
 
 
 class Labelling(Protocol):

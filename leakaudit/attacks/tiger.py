@@ -46,6 +46,9 @@ from leakaudit.models.language import LanguageVictim
 from leakaudit.models.spaces import NO_TOKEN
 from leakaudit.threat import View
 
+RIDGE = 1e-4
+"""Added to the Gram matrix of unit vectors before it is inverted."""
+
 
 @dataclass(frozen=True)
 class Span:
@@ -65,6 +68,14 @@ class Span:
         """(...,) in [0, 1] for (..., H) inputs of the layer."""
         held = (F.normalize(inputs, dim=-1) @ self.basis).square() @ self.weights
         return 1 - held
+
+    def uncovered(self, inputs: Tensor) -> Tensor:
+        """Share of the basis, in [0, 1], that (T, H) inputs together do not span; duplicates leave some."""
+        unit = F.normalize(inputs, dim=-1)
+        ridge = RIDGE * torch.eye(len(unit), dtype=unit.dtype, device=unit.device)
+        seen = unit @ self.basis
+        held = (seen * torch.linalg.solve(unit @ unit.T + ridge, seen)).sum(0)
+        return ((1 - held) * self.weights).sum() / self.weights.sum()
 
 
 def observed_span(view: View, layer: int, tokens: int) -> Span | None:
@@ -176,9 +187,14 @@ class SpanDistance:
     sentences: Sentences
     spans: tuple[Span, ...]
     norm: float = 0.0
+    coverage: float = 0.0
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        distance = self.of(self.sentences.embed(x), self.sentences.there).mean()
+        inputs = self._inputs(self.sentences.embed(x), self.sentences.there)
+        pairs = list(zip(self.spans, inputs, strict=True))
+        distance = torch.stack([span.distance(h).mean() for span, h in pairs]).mean()
+        if self.coverage:
+            distance = distance + self.coverage * torch.stack([s.uncovered(h) for s, h in pairs]).mean()
         if self.norm:
             off = x.norm(dim=1).mean() / self.sentences.typical_norm - 1
             distance = distance + self.norm * off.square()
@@ -186,9 +202,12 @@ class SpanDistance:
 
     def of(self, embeddings: Tensor, there: Tensor) -> Tensor:
         """(tokens,) mean distance over layers of every token of (N, L, H) embeddings."""
-        inputs = attention_inputs(self.victim, embeddings, [span.layer for span in self.spans])
-        distances = [span.distance(h[there]) for span, h in zip(self.spans, inputs, strict=True)]
-        return torch.stack(distances).mean(0)
+        inputs = self._inputs(embeddings, there)
+        return torch.stack([s.distance(h) for s, h in zip(self.spans, inputs, strict=True)]).mean(0)
+
+    def _inputs(self, embeddings: Tensor, there: Tensor) -> list[Tensor]:
+        layers = [span.layer for span in self.spans]
+        return [h[there] for h in attention_inputs(self.victim, embeddings, layers)]
 
     def of_tokens(self, tokens: Tensor) -> Tensor:
         """(N,) summed distance of sentences of token numbers (N, L) that are as long as one another."""
@@ -216,6 +235,7 @@ class Tiger:
     layers: int = 2
     rows: bool = True
     norm: float = 1e-2
+    coverage: float = 1.0
     iterations: int = 60
     near: int = 16
     sweeps: int = 3
@@ -243,7 +263,7 @@ class Tiger:
         sentences = laid_out(view, self.lengths)
         seen = Seen(view, sentences, labelled(view, sentences))
         spans = self._spans(view, sentences)
-        objective = SpanDistance(language(view), sentences, spans, self.norm)
+        objective = SpanDistance(language(view), sentences, spans, self.norm, self.coverage)
         rows = position_start(view, sentences) if self.rows else None
         x = sentences.start(generator) if rows is None else sentences.rows_of(rows)
         labels = seen.labelling.candidate(x, generator)
