@@ -120,9 +120,8 @@ class Sentences:
 
     def _arranged(self, x: Tensor, inputs: Tensor, places: Tensor) -> Tensor:
         """(P,) tokens for the places of one sentence from its embeddings and their attention inputs."""
-        pool, which = (
-            self.similarity(x).topk(min(NEAR, len(self.rows)), dim=1).indices.unique(return_inverse=True)
-        )
+        near = self.similarity(x).topk(min(NEAR, len(self.rows)), dim=1).indices
+        pool, which = torch.unique(near, return_inverse=True)
         made = F.normalize(self.made_inputs(pool, int(places.max()) + 1)[:, places], dim=-1)
         fits = torch.stack([made[own] @ h for own, h in zip(which, F.normalize(inputs, dim=-1), strict=True)])
         best = fits.max(dim=1)
@@ -236,7 +235,8 @@ def refuse(view: View, lengths: str | None) -> str | None:
         return found
     if len(explained(view).observed) == 0:
         return "the update holds nothing but the word embedding's gradient, which embeddings do not explain"
-    return labelling(view, found) if isinstance(labelling(view, found), str) else None  # type: ignore[return-value]
+    labels = labelling(view, found)
+    return labels if isinstance(labels, str) else None
 
 
 def explained(view: View) -> View:
@@ -266,7 +266,7 @@ def by_position_rows(view: View, sentences: Sentences, simulated: Update) -> Ten
     """(F,) the order of embeddings in which their position rows' gradients fit the observed ones best;
     None for more than one sentence, whose rows are summed, or where these were not shared."""
     name = language(view).position
-    if not sentences.movable or name not in view.observed or len(sentences.there) > 1:
+    if name is None or name not in view.observed or not sentences.movable or len(sentences.there) > 1:
         return None
     places = language(view).first_position + sentences.free.nonzero()[:, 1]
     ours, theirs = (F.normalize(update[name][places], dim=1) for update in (simulated, view.observed))

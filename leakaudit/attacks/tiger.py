@@ -4,8 +4,9 @@ The weight gradient of a linear layer is  dW = sum_t d_t x_t^T:  its rows lie in
 inputs x_t (DAGER, Petrov et al. 2024).  Query, key and value share their inputs, so their gradients are
 stacked.  With V the right singular vectors, an input h of that layer has the distance
 
-    1 - sum_i w_i (v_i . h)^2 / |h|^2.
+    1 - sum_i w_i (v_i . h)^2 / |h|^2,
 
+which counts where the span has as many dimensions as there are tokens.
 One layer leaves every token a space of as many dimensions as there are tokens; two layers leave only points
 while the tokens are fewer than half the width, because the second sees every token in its context.
 
@@ -15,6 +16,8 @@ are optimised to minimise their distance to the subspace.  The rest is ours:
     w_i is 1 without noise, 0 under the edge of the Marchenko-Pastur law, and in between the squared cosine of
         an observed singular vector with the true one (Benaych-Georges and Nadakuditi 2012);
     the noise is the known one or what the singular values beyond the number of tokens hold;
+    tokens must also span what was observed (`Span.uncovered`), else several of them settle on one vector:
+        MiniLM's 24 tokens from a random start go from 12 right to all;
     the descent is L-BFGS, started from position rows where they were shared, with the norm prior of LAMP;
     tokens are then searched by the same distance among the nearest, and at last by `View.residual`.
 Limits: in a batch every sentence descends in the same span, and from random starts two may become one.
@@ -46,6 +49,9 @@ from leakaudit.models.language import LanguageVictim
 from leakaudit.models.spaces import NO_TOKEN
 from leakaudit.threat import View
 
+WHOLE = 0.9
+"""Rank per token from which a span counts as that of all inputs; sentences share their first token."""
+
 RIDGE = 1e-4
 """Added to the Gram matrix of unit vectors before it is inverted."""
 
@@ -58,11 +64,14 @@ class Span:
         layer: the transformer block.
         basis: (H, r) orthonormal columns, r >= 1.
         weights: (r,) in (0, 1], how far a column is to be trusted.
+        whole: whether the inputs lie in it.  Otherwise it only lies in theirs: noise hides a part, or the
+            last block of a classifier, which reads one token, has no more than 2 heads + 1 dimensions.
     """
 
     layer: int
     basis: Tensor
     weights: Tensor
+    whole: bool = True
 
     def distance(self, inputs: Tensor) -> Tensor:
         """(...,) in [0, 1] for (..., H) inputs of the layer."""
@@ -89,13 +98,13 @@ def observed_span(view: View, layer: int, tokens: int) -> Span | None:
     _, values, vectors = torch.linalg.svd(stacked, full_matrices=False)
     noise = _noise(view, values, rows, width, tokens)
     rounding = float(values[0]) * max(view.rounding, torch.finfo(view.victim.dtype).eps)
-    edge = max(noise * (math.sqrt(rows) + math.sqrt(width)), 4 * rounding)
+    edge = max(noise * (math.sqrt(rows) + math.sqrt(width)), rounding)
     kept = int((values[:tokens] > 1.02 * edge).sum())
     if kept == 0:
         return None
     trust = torch.stack([_trust(value, noise, rows, width) for value in values[:kept]])
     dtype = view.victim.dtype
-    return Span(layer, vectors[:kept].T.to(dtype), trust.to(dtype))
+    return Span(layer, vectors[:kept].T.to(dtype), trust.to(dtype), kept >= WHOLE * tokens)
 
 
 def _projection_gradients(view: View, layer: int) -> list[Tensor]:
@@ -112,13 +121,24 @@ def _projection_gradients(view: View, layer: int) -> list[Tensor]:
 
 
 def _noise(view: View, values: Tensor, rows: int, width: int, tokens: int) -> float:
-    """Deviation per number: as known, else from the singular values that the tokens cannot account for."""
+    """Deviation per number: as known, else from the middle one of the singular values that the tokens cannot
+    account for (after Gavish and Donoho 2014)."""
     if view.knowledge.noise_std.value:
         return float(view.knowledge.noise_std.value)
-    free = (rows - tokens) * (width - tokens)
-    if tokens >= len(values) or free <= 0:
+    if tokens >= len(values):
         return 0.0
-    return math.sqrt(float(values[tokens:].square().sum()) / free)
+    short, long = sorted((rows, width))
+    middle = tokens + (len(values) - tokens) // 2
+    share = (len(values) - middle - 0.5) / len(values)
+    return float(values[middle]) / math.sqrt(long * _marchenko_pastur(short / long, share))
+
+
+def _marchenko_pastur(ratio: float, share: float) -> float:
+    """The eigenvalue below which `share` of those of W W^T / n lie, W (ratio n, n) standard normal."""
+    low, high = (1 - math.sqrt(ratio)) ** 2, (1 + math.sqrt(ratio)) ** 2
+    grid = torch.linspace(low, high, 4002, dtype=torch.float64)[1:-1]
+    below = (((high - grid) * (grid - low)).sqrt() / grid).cumsum(0)
+    return float(grid[int(torch.searchsorted(below, share * below[-1]))])
 
 
 def _trust(value: Tensor, noise: float, rows: int, width: int) -> Tensor:
@@ -165,9 +185,9 @@ def position_start(view: View, sentences: Sentences) -> Tensor | None:
     pair; rows of nothing but known noise count as at least as long as that noise.
     """
     victim = language(view)
-    if victim.position not in view.observed or victim.word not in view.observed:
+    if victim.position is None or victim.tied or view.round.num_examples > 1:
         return None
-    if victim.tied or view.round.num_examples > 1:
+    if victim.position not in view.observed or victim.word not in view.observed:
         return None
     length = sentences.there.shape[1]
     positions = view.observed[victim.position][victim.first_position :][:length].double()
@@ -181,7 +201,8 @@ def position_start(view: View, sentences: Sentences) -> Tensor | None:
 
 @dataclass(frozen=True)
 class SpanDistance:
-    """Mean over layers and tokens of `Span.distance`, and the norm prior; for (F, H) candidates."""
+    """Mean over layers and tokens of `Span.distance`, what of the spans is not covered, and the norm prior;
+    for (F, H) candidates."""
 
     victim: LanguageVictim
     sentences: Sentences
@@ -192,18 +213,20 @@ class SpanDistance:
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         inputs = self._inputs(self.sentences.embed(x), self.sentences.there)
         pairs = list(zip(self.spans, inputs, strict=True))
-        distance = torch.stack([span.distance(h).mean() for span, h in pairs]).mean()
+        apart = [span.distance(h).mean() for span, h in pairs if span.whole]
+        missing = [span.uncovered(h) for span, h in pairs]
+        distance = torch.stack(apart).mean() if apart else x.new_zeros(())
         if self.coverage:
-            distance = distance + self.coverage * torch.stack([s.uncovered(h) for s, h in pairs]).mean()
+            distance = distance + self.coverage * torch.stack(missing).mean()
         if self.norm:
             off = x.norm(dim=1).mean() / self.sentences.typical_norm - 1
             distance = distance + self.norm * off.square()
         return distance
 
     def of(self, embeddings: Tensor, there: Tensor) -> Tensor:
-        """(tokens,) mean distance over layers of every token of (N, L, H) embeddings."""
-        inputs = self._inputs(embeddings, there)
-        return torch.stack([s.distance(h) for s, h in zip(self.spans, inputs, strict=True)]).mean(0)
+        """(tokens,) mean distance over whole spans of every token of (N, L, H) embeddings."""
+        pairs = zip(self.spans, self._inputs(embeddings, there), strict=True)
+        return torch.stack([span.distance(h) for span, h in pairs if span.whole]).mean(0)
 
     def _inputs(self, embeddings: Tensor, there: Tensor) -> list[Tensor]:
         layers = [span.layer for span in self.spans]
@@ -225,6 +248,7 @@ class Tiger:
         layers: transformer blocks to use, from the first; fewer where the model or the update has fewer.
         rows: start from position rows where they tell the tokens, else at random.
         norm: weight of the embeddings' mean norm.
+        coverage: weight of the share of the span that the tokens together leave out; 0 for the paper's loss.
         iterations: calls of L-BFGS, of 20 inner steps each.
         near: tokens nearest to an embedding that are searched by the same distance.
         sweeps: passes of that search over all positions.
@@ -280,7 +304,7 @@ class Tiger:
         )
         near = self._likely(objective, candidate.x.detach())
         tried = [monitor.best_x] if monitor.best_x is not None else []
-        if monitor.stopped != "budget":
+        if monitor.stopped != "budget" and any(span.whole for span in spans):
             tried.append(self._search(objective, sentences.nearest(candidate.x), near))
         if rows is not None:
             tried.append(rows)
@@ -297,11 +321,14 @@ class Tiger:
         """(F, k) tokens for every free position by the first span's distance there, from the tokens near to
         any embedding: a descent often finds a token at its neighbour's place."""
         sentences, span = objective.sentences, objective.spans[0]
-        pool = sentences.similarity(x).topk(self.near // 2, dim=1).indices.unique()
+        if span.layer > 0 or not span.whole:
+            return sentences.similarity(x).topk(self.near, dim=1).indices
+        pool = torch.unique(sentences.similarity(x).topk(max(1, self.near // 2), dim=1).indices)
         inputs = sentences.made_inputs(pool, sentences.there.shape[1])
-        distances = span.distance(inputs) if span.layer == 0 else torch.zeros(inputs.shape[:2])
         places = sentences.free.nonzero()[:, 1]
-        order = distances[:, places].T.topk(min(self.near, len(pool)), dim=1, largest=False).indices
+        order = (
+            span.distance(inputs)[:, places].T.topk(min(self.near, len(pool)), dim=1, largest=False).indices
+        )
         return pool[order]
 
     def _search(self, objective: SpanDistance, tokens: Tensor, near: Tensor) -> Tensor:
