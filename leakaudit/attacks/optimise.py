@@ -84,6 +84,10 @@ class Matching:
         return loss
 
 
+def as_it_is(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    return x, y
+
+
 def lbfgs(
     candidate: Candidate,
     objective: Objective,
@@ -96,10 +100,12 @@ def lbfgs(
     line_search: bool = True,
     target: float = 0.0,
     patience: int | None = None,
+    shown: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = as_it_is,
 ) -> None:
     """`iterations` calls of torch's L-BFGS, each of at most `inner` steps.
 
-    Stops when a step no longer changes the candidate, besides what the monitor asks for.
+    Stops when a step no longer changes the candidate, besides what the monitor asks for, which gets
+    `shown(x, y)`.
     """
     optimizer = torch.optim.LBFGS(
         candidate.variables,
@@ -120,14 +126,14 @@ def lbfgs(
     for _ in range(iterations):
         x, y = candidate.x.detach().clone(), candidate.y.detach()
         loss = float(cast(Any, optimizer).step(closure))
-        if monitor.step(loss, x, y):
+        if monitor.step(loss, *shown(x, y)):
             return
         if torch.equal(x, candidate.x.detach()):
             monitor.stopped = "plateau"
             return
     with torch.no_grad():
         final = candidate.x.detach(), candidate.y.detach()
-    monitor.step(float(objective(*final).detach()), *final)
+    monitor.step(float(objective(*final).detach()), *shown(*final))
 
 
 def continuation(

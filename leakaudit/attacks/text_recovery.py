@@ -234,3 +234,9 @@ EXACT_TEXT_ATTACKS: dict[str, Attack] = {
     "position-rows": PositionRows(),
     "span-check": SpanCheck(),
 }
+
+EXACT_TEXT_DESCRIPTIONS: dict[str, str] = {
+    "bag-of-tokens": "the words without their order, from rows of the word embedding (Melis et al. 2019)",
+    "position-rows": "words and order of one sentence: position rows matched to word rows; exact, and firm under noise",
+    "span-check": "membership in the span of attention's inputs, whole batches (after Petrov et al. 2024, DAGER)",
+}

@@ -30,7 +30,7 @@ from leakaudit.formats.phrases import first_line
 from leakaudit.models.architectures import ARCHITECTURES, Architecture
 from leakaudit.models.lora import Lora, attach
 from leakaudit.models.spaces import NO_TOKEN, Tokens
-from leakaudit.models.victim import LOSSES, Classifier, Mode, Params, Victim
+from leakaudit.models.victim import LOSSES, Classifier, Mode, Params, Victim, cross_entropy_sum
 from leakaudit.spec import suggest
 
 Task = Literal["classification", "mlm", "causal-lm"]
@@ -53,7 +53,8 @@ class LanguageVictim(Victim):
     (N, L, H) floating point in place of the word embedding's rows, short rows filled up with NaN.
     Labels y are (N,) integers or (N, K) probabilities for classification, else (N, L) token numbers with
     `IGNORED` where the loss takes nothing; for causal-lm they stand where the tokens do and are shifted
-    here.  The loss is the mean (or sum) over examples, or over all labelled positions of the batch.
+    here.  In place of token numbers, (N, L, V) weights >= 0 of every label at every position are taken.
+    The loss is the mean (or sum) over examples, or over all labelled positions (all weights) of the batch.
 
     Dropout is off in eval mode, which attacks use; in train mode it draws from torch's generator.
 
@@ -108,6 +109,9 @@ class LanguageVictim(Victim):
             return self.loss_function(logits, y)
         if self.task == "causal-lm":
             logits, y = logits[:, :-1], y[:, 1:]
+        if y.is_floating_point():
+            total = -(y * logits.log_softmax(dim=-1)).sum()
+            return total if self.loss_function is cross_entropy_sum else total / y.sum()
         labelled = y != IGNORED
         return self.loss_function(logits[labelled], y[labelled])
 
