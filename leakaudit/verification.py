@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from leakaudit.attacks.head import storage_precision
+from leakaudit.attacks.head import rms, storage_precision
 from leakaudit.attacks.jacobian import Spectrum, System
 from leakaudit.formats.phrases import first_line
 from leakaudit.randomness import fork
@@ -123,9 +123,9 @@ def expected_error(view: View, x: Tensor, y: Tensor) -> Floor:
         )
     steps = {name: quantisation_step(tensor) for name, tensor in view.observed.items()}
     rounding = _rounding(view, x, y)
-    rms = {name: max(rounding[name], steps[name] / 2) for name in rounding}
-    norm = math.sqrt(sum(value**2 * view.observed[name].numel() for name, value in rms.items()))
-    return Floor(rms, norm, "quantisation" if any(steps.values()) else "rounding")
+    errors = {name: max(rounding[name], steps[name] / 2) for name in rounding}
+    norm = math.sqrt(sum(value**2 * view.observed[name].numel() for name, value in errors.items()))
+    return Floor(errors, norm, "quantisation" if any(steps.values()) else "rounding")
 
 
 def quantisation_step(tensor: Tensor) -> float:
@@ -146,16 +146,16 @@ def _rounding(view: View, x: Tensor, y: Tensor) -> dict[str, float]:
         _simulate(view.to(dtype=dtype), x, y, dtype) for dtype in (torch.float32, torch.float64)
     )
     eps32 = torch.finfo(torch.float32).eps
-    rms: dict[str, float] = {}
+    errors: dict[str, float] = {}
     for name, observed in view.observed.items():
         eps = storage_precision(observed)
-        size = _rms(double[name])
-        measured = _rms(single[name].double() - double[name])
+        size = rms(double[name])
+        measured = rms(single[name].double() - double[name])
         coarse = eps * size if eps > eps32 else 0.0
-        rms[name] = ROUNDING_SLACK * max(measured * min(1.0, eps / eps32), coarse, OWN_PRECISION * size)
-    stored_as_weights = ROUNDING_SLACK * view.rounding * _rms(view.observed.flat())
-    least = max(stored_as_weights, max(rms.values()) * 1e-6)
-    return {name: max(value, least) for name, value in rms.items()}
+        errors[name] = ROUNDING_SLACK * max(measured * min(1.0, eps / eps32), coarse, OWN_PRECISION * size)
+    stored_as_weights = ROUNDING_SLACK * view.rounding * rms(view.observed.flat())
+    least = max(stored_as_weights, max(errors.values()) * 1e-6)
+    return {name: max(value, least) for name, value in errors.items()}
 
 
 def _simulate(view: View, x: Tensor, y: Tensor, dtype: torch.dtype) -> Update:
@@ -166,16 +166,12 @@ def _simulate(view: View, x: Tensor, y: Tensor, dtype: torch.dtype) -> Update:
     return update * (float(view.observed.norm()) / float(update.norm()))
 
 
-def _rms(tensor: Tensor) -> float:
-    return float(tensor.double().square().mean().sqrt())
-
-
 def _affordable(view: View, x: Tensor, y: Tensor, floor: Floor, budget: Budget) -> tuple[System, str]:
     """The equations to bound the distance with, and why not even those can be, or an empty string.
 
     Under known noise all of them, where that can be afforded, since each one counts.
     """
-    weights = {name: 1 / rms for name, rms in floor.rms.items()}
+    weights = {name: 1 / error for name, error in floor.rms.items()}
     noisy = view.knowledge.noise_std.value is not None
     for limit in (view.observed.numel(), None) if noisy else (None,):
         system = System.of(view, y, fork(0, "verification"), limit, weights)

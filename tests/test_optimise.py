@@ -11,7 +11,7 @@ from torch import Tensor
 
 from leakaudit.attacks.base import Monitor
 from leakaudit.attacks.matching import cosine, squared, statistics_distance, total_variation
-from leakaudit.attacks.optimise import Candidate, Matching, adam, lbfgs
+from leakaudit.attacks.optimise import Candidate, Matching, Objective, adam, continuation, geometric, lbfgs
 from leakaudit.threat import known
 
 LABELS = torch.tensor([1])
@@ -247,3 +247,44 @@ def test_stages_share_one_progress_bar_and_one_film_strip() -> None:
     assert seen == [(index, 100) for index in range(100)]
     assert len(monitor.strip) <= 12
     assert len(monitor.result().strip) <= 13
+
+
+# ------------------------------------------------------------------ several objectives
+
+
+def bowl_at(centre: float, starts: list[float]) -> Objective:
+    """A bowl around `centre`; notes the first x it is asked about."""
+
+    def objective(x: Tensor, _: Tensor) -> Tensor:
+        if len(starts) == 0 or starts[-1] != centre:
+            starts.extend([x[0, 0, 0, 0].item(), centre])
+        return (x - centre).square().sum() + 10 * centre
+
+    return objective
+
+
+def test_a_continuation_starts_each_objective_where_the_last_one_ended() -> None:
+    """The losses rise from one objective to the next, and are not compared."""
+    starts: list[float] = []
+    monitor = Monitor()
+    objectives = [bowl_at(centre, starts) for centre in (1.0, 2.0, 3.0)]
+    x = torch.zeros(1, 1, 2, 2)
+    end = continuation(x, LABELS, objectives, monitor, iterations=5, patience=3)
+    assert starts == pytest.approx([0, 1, 1, 2, 2, 3])
+    torch.testing.assert_close(end, torch.full_like(x, 3.0))
+    torch.testing.assert_close(monitor.result().x, end)
+    assert not x.any()
+
+
+def test_a_continuation_ends_with_the_time() -> None:
+    starts: list[float] = []
+    monitor = Monitor(deadline=time.monotonic() - 1)
+    objectives = [bowl_at(centre, starts) for centre in (1.0, 2.0)]
+    continuation(torch.zeros(1, 1, 2, 2), LABELS, objectives, monitor, iterations=5, patience=3)
+    assert starts == [0, 1]
+    assert monitor.stopped == "budget"
+
+
+def test_geometric_steps() -> None:
+    assert geometric(1e-2, 1e-8, 4) == pytest.approx([1e-2, 1e-4, 1e-6, 1e-8], rel=1e-5)
+    assert geometric(5.0, 500.0, 1) == pytest.approx([5.0])

@@ -54,6 +54,18 @@ def require_positive(options: object, *names: str) -> None:
             raise ValueError(f"{name} must be positive, got {getattr(options, name)}")
 
 
+def require_at_least_one(options: object, *names: str) -> None:
+    """`ValueError` naming all these fields when one of them is below 1."""
+    if min(getattr(options, name) for name in names) < 1:
+        raise ValueError(f"{', '.join(names[:-1])} and {names[-1]} must be at least 1")
+
+
+def require_falling(first: float, last: float) -> None:
+    """`ValueError` for weights that do not go from `first` down, or level, to a positive `last`."""
+    if not 0 < last <= first:
+        raise ValueError(f"weights must be positive and fall, got {first} to {last}")
+
+
 class Attack(Protocol):
     """One family a file; a preset is an instance with its citation above it."""
 
@@ -98,6 +110,11 @@ class Monitor:
         self._last_gain = 0
         self._gain_loss = math.inf
         self._whole: tuple[int, int] | None = None
+
+    @property
+    def late(self) -> bool:
+        """Whether the deadline has passed."""
+        return self._deadline is not None and time.monotonic() > self._deadline
 
     def rehearsal(self) -> Monitor:
         """A monitor for a try-out: the same deadline and progress, nothing of it kept here."""
@@ -148,7 +165,7 @@ class Monitor:
             self.stopped = "converged"
         elif self._patience is not None and self.iteration - self._last_gain > self._patience:
             self.stopped = "plateau"
-        elif self._deadline is not None and time.monotonic() > self._deadline:
+        elif self.late:
             self.stopped = "budget"
         else:
             return False

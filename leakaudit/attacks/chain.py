@@ -1,21 +1,22 @@
 """A network cut into links: wherever a single tensor carries all that the rest of the network sees.
 
-`links` follows the traced graph (`torch.fx`), so that it works for any module whose control flow
-does not depend on the input.  What a link does is found by trying it, not by its type: affine (a
+`pieces` follows the traced graph (`torch.fx`), so that it works for any module whose control flow
+does not depend on the input.  What a piece does `links` finds by trying it, not by its type: affine (a
 convolution, BatchNorm in eval mode, pooling by averages, a reshape), elementwise (an activation),
 or neither (max-pooling, a residual block).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 
+from leakaudit.formats.phrases import first_line
 from leakaudit.models.victim import Victim
 
 Kind = Literal["affine", "elementwise", "neither"]
@@ -27,49 +28,25 @@ class Link:
     """A piece of the network between two cuts, as a function of its input and of all tensors by name.
 
     Attributes:
-        module: the network it is a piece of.
-        nodes: what it computes, in order, from the value of `source`.
+        module: the piece; its parameters and buffers have the names they have in the whole network.
+        names: those of the victim's tensors that it uses.
         kind: what it does to its input.
         incoming, outgoing: shapes of one example, without the batch dimension.
     """
 
-    module: nn.Module
-    nodes: tuple[fx.Node, ...]
-    source: fx.Node
+    module: fx.GraphModule
+    names: frozenset[str]
     kind: Kind
     incoming: torch.Size
     outgoing: torch.Size
 
     def __call__(self, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """The link's output for a batch x (B, *incoming); parameters and buffers come from `tensors`."""
-        values: dict[fx.Node, Any] = {self.source: x}
+        return functional_call(self.module, {name: tensors[name] for name in self.names}, (x,))
 
-        def value(node: fx.Node) -> Any:
-            return tensors[str(node.target)] if node.op == "get_attr" else values[node]
-
-        for node in self.nodes:
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
-            values[node] = self._call(node, tensors, args, kwargs)
-        result: Tensor = values[self.nodes[-1]]
-        return result
-
-    def parameters(self, names: Mapping[str, Tensor]) -> list[str]:
+    def parameters(self, names: Iterable[str]) -> list[str]:
         """Those of `names` that the link uses."""
-        modules = tuple(f"{node.target}." for node in self.nodes if node.op == "call_module")
-        direct = {str(used.target) for node in self.nodes for used in node.all_input_nodes}
-        return [name for name in names if name.startswith(modules) or name in direct]
-
-    def _call(
-        self, node: fx.Node, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        if node.op == "call_module":
-            prefix = f"{node.target}."
-            own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-            return functional_call(self.module.get_submodule(str(node.target)), own, args, kwargs)
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        assert callable(node.target)
-        return node.target(*args, **kwargs)
+        return [name for name in names if name in self.names]
 
 
 def tensors_of(victim: Victim) -> dict[str, Tensor]:
@@ -78,8 +55,27 @@ def tensors_of(victim: Victim) -> dict[str, Tensor]:
 
 
 def links(victim: Victim) -> list[Link]:
-    """The network from its input to the input of its classifier layer (`Victim.classifier`).
+    """The `pieces` of a network, each tried to see what it does.
 
+    Raises `ValueError` as `pieces` does.
+    """
+    tensors, value = tensors_of(victim), victim.probe()
+    found: list[Link] = []
+    with torch.no_grad():
+        for piece in pieces(victim):
+            names = _names(piece) & tensors.keys()
+            link = Link(piece, names, "neither", value.shape[1:], value.shape[1:])
+            output = link(tensors, value)
+            kind = _kind(link, tensors, value, output)
+            found.append(replace(link, kind=kind, outgoing=output.shape[1:]))
+            value = output
+    return found
+
+
+def pieces(victim: Victim) -> list[fx.GraphModule]:
+    """The network from its input to the input of its classifier layer (`Victim.classifier`), in pieces.
+
+    Each takes one tensor, what the one before it returns; all that they compute is traced, not run.
     Raises `ValueError` with the reason when the network cannot be traced, has no classifier
     layer, or does not lead to it in one line.
     """
@@ -87,22 +83,14 @@ def links(victim: Victim) -> list[Link]:
     if head is None:
         raise ValueError("the model does not end in a fully connected layer")
     try:
-        graph = fx.Tracer().trace(victim.module)
+        source, groups = _cut(fx.Tracer().trace(victim.module))
+        sources = [source, *(nodes[-1] for nodes in groups)]
+        found = [_piece(victim.module, *each) for each in zip(sources, groups, strict=False)]
     except Exception as error:  # tracing runs the model's own code, which may fail in any way
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"the model cannot be traced: {reason}") from error
-    source, groups = _cut(graph)
-    found: list[Link] = []
-    tensors, value = tensors_of(victim), victim.probe()
-    for nodes in groups:
+        raise ValueError(f"the model cannot be traced: {first_line(error)}") from error
+    for index, nodes in enumerate(groups):
         if len(nodes) == 1 and nodes[0].op == "call_module" and nodes[0].target == head.module:
-            return found
-        link = Link(victim.module, nodes, source, "neither", value.shape[1:], value.shape[1:])
-        with torch.no_grad():
-            output = link(tensors, value)
-            kind = _kind(link, tensors, value, output)
-        found.append(Link(victim.module, nodes, source, kind, value.shape[1:], output.shape[1:]))
-        source, value = nodes[-1], output
+            return found[:index]
     raise ValueError("the model's last fully connected layer is not reached in one line")
 
 
@@ -129,23 +117,45 @@ def _cut(graph: fx.Graph) -> tuple[fx.Node, list[tuple[fx.Node, ...]]]:
     return inputs[0], groups
 
 
+def _piece(module: nn.Module, source: fx.Node, nodes: tuple[fx.Node, ...]) -> fx.GraphModule:
+    """What `nodes` make of the value of `source`; shares its layers with `module`."""
+    graph = fx.Graph()
+    copies = {source: graph.placeholder("x")}
+
+    def copied(node: fx.Node) -> fx.Node:
+        if node not in copies:  # a tensor of the module, which no group holds
+            copies[node] = graph.node_copy(node)
+        return copies[node]
+
+    for node in nodes:
+        copies[node] = graph.node_copy(node, copied)
+    graph.output(copies[nodes[-1]])
+    return fx.GraphModule(module, graph)
+
+
+def _names(module: nn.Module) -> frozenset[str]:
+    """Of parameters and buffers, all the names of those that have several."""
+    parameters = module.named_parameters(remove_duplicate=False)
+    buffers = module.named_buffers(remove_duplicate=False)
+    return frozenset(name for name, _ in (*parameters, *buffers))
+
+
 def _kind(link: Link, tensors: Mapping[str, Tensor], value: Tensor, output: Tensor) -> Kind:
     generator = torch.Generator().manual_seed(0)
     shape = (3, *value.shape[1:])
     first, second = (
         4 * torch.randn(shape, generator=generator, dtype=torch.float64).to(value) for _ in range(2)
     )
-    if _same(
-        link(tensors, first) + link(tensors, second) - link(tensors, 0 * first), link(tensors, first + second)
-    ):
+    of_first, of_second = link(tensors, first), link(tensors, second)
+    if _same(of_first + of_second - link(tensors, 0 * first), link(tensors, first + second)):
         return "affine"
     if output.shape != value.shape:
         return "neither"
     order = torch.randperm(first[0].numel(), generator=generator).to(value.device)
     mixed = link(tensors, first.flatten(1)[:, order].reshape(shape)).flatten(1)
     half = torch.where(torch.rand(shape, generator=generator).to(value.device) < 0.5, first, second)
-    kept = torch.where(half == first, link(tensors, first), link(tensors, second))
-    equivariant = _same(mixed, link(tensors, first).flatten(1)[:, order])
+    kept = torch.where(half == first, of_first, of_second)
+    equivariant = _same(mixed, of_first.flatten(1)[:, order])
     return "elementwise" if equivariant and _same(link(tensors, half), kept) else "neither"
 
 

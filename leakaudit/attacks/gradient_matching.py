@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from leakaudit.attacks.base import Monitor, Reconstruction, require_positive
+from leakaudit.attacks.base import (
+    Monitor,
+    Reconstruction,
+    require_at_least_one,
+    require_falling,
+    require_positive,
+)
 from leakaudit.attacks.labels import infer_labels
 from leakaudit.attacks.matching import cosine, variation
-from leakaudit.attacks.optimise import Candidate, Matching, Objective, adam, lbfgs
+from leakaudit.attacks.optimise import Candidate, Matching, Objective, adam, continuation, geometric, lbfgs
 from leakaudit.threat import View
 
 
@@ -163,10 +168,8 @@ class TotalVariationPath:
     restarts: int = 1
 
     def __post_init__(self) -> None:
-        if not 0 < self.last <= self.first:
-            raise ValueError(f"weights must be positive and fall, got {self.first} to {self.last}")
-        if min(self.stages, self.iterations, self.restarts) < 1:
-            raise ValueError("stages, iterations and restarts must be at least 1")
+        require_falling(self.first, self.last)
+        require_at_least_one(self, "stages", "iterations", "restarts")
 
     def applies(self, view: View) -> str | None:
         return needs_scale(view)
@@ -174,17 +177,10 @@ class TotalVariationPath:
     def run(self, view: View, generator: torch.Generator, monitor: Monitor) -> Reconstruction:
         labels = assumed_labels(view, generator)
         x = view.victim.space.sample(view.round.num_examples, generator, view.victim.dtype)
-        weights = torch.logspace(math.log10(self.first), math.log10(self.last), self.stages).tolist()
+        objectives = [_with_prior(view, weight) for weight in geometric(self.first, self.last, self.stages)]
         monitor.expect(self.stages * (self.iterations + 1))
-        for weight in weights:
-            monitor.forget_best()  # the loss of a weaker prior is another loss
-            candidate = Candidate(x, labels=labels)
-            objective = _with_prior(view, weight)
-            lbfgs(candidate, objective, monitor, iterations=self.iterations, patience=self.iterations // 2)
-            if monitor.best_x is not None:
-                x = monitor.best_x
-            if monitor.stopped == "budget":
-                break
+        patience = self.iterations // 2
+        continuation(x, labels, objectives, monitor, iterations=self.iterations, patience=patience)
         return monitor.result()
 
 

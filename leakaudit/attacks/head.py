@@ -150,8 +150,8 @@ def effective_rank(matrix: Tensor, epsilon: float) -> int:
     Independent errors of rms e have singular values up to e (sqrt K + sqrt F); twice that is the threshold.
     """
     values = torch.linalg.svdvals(matrix.double())
-    rms = float(values.square().sum() / matrix.numel()) ** 0.5
-    return int((values > 2 * epsilon * rms * (matrix.shape[0] ** 0.5 + matrix.shape[1] ** 0.5)).sum())
+    error = epsilon * rms(matrix)
+    return int((values > 2 * error * (matrix.shape[0] ** 0.5 + matrix.shape[1] ** 0.5)).sum())
 
 
 def storage_precision(tensor: Tensor) -> float:
@@ -165,6 +165,11 @@ def storage_precision(tensor: Tensor) -> float:
 def exact(tensor: Tensor) -> Tensor:
     """The tensor in float64 on the CPU, detached."""
     return tensor.detach().to("cpu", torch.float64)
+
+
+def rms(tensor: Tensor) -> float:
+    """The root of the mean square of all its numbers, in float64; NaN when it has none."""
+    return float(tensor.detach().double().square().mean().sqrt())
 
 
 def _build(view: View, weight: str | None, bias: str | None, divisor: float, scaled: bool) -> HeadGradient:
@@ -182,7 +187,7 @@ def _build(view: View, weight: str | None, bias: str | None, divisor: float, sca
 def relative_precision(view: View, tensor: Tensor) -> float:
     """Relative precision of the numbers of a shared tensor, by their storage and by `view.rounding`."""
     error = view.rounding * float(view.observed.norm()) / view.observed.numel() ** 0.5
-    size = float(tensor.double().square().mean().sqrt())
+    size = rms(tensor)
     return max(storage_precision(tensor), error / size if size > 0 else 0.0)
 
 

@@ -50,8 +50,8 @@ def total_variation(x: Tensor) -> Tensor:
     return (x[..., :, 1:] - x[..., :, :-1]).abs().mean() + (x[..., 1:, :] - x[..., :-1, :]).abs().mean()
 
 
-OPPONENT = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [1.0, -2.0, 1.0]])
-"""Brightness and two colour differences; rows to be divided by their lengths."""
+OPPONENT = F.normalize(torch.tensor([[1, 1, 1], [1, 0, -1], [1, -2, 1]], dtype=torch.float64), dim=1, eps=0.0)
+"""Brightness and two colour differences of red, green and blue, as rows of length 1."""
 
 
 def variation(
@@ -61,7 +61,8 @@ def variation(
 
     Slopes and curvatures of brightness and of the two colour differences together, each as
     (length^2 + width^2)^(power / 2).  Photographs differ from their neighbours seldom, mostly along
-    edges, and in colour less than in brightness.  Images without three channels have brightness only.
+    edges, and in colour less than in brightness.  Where there are not three channels, the first one
+    stands for brightness, at its weight 1 - colour, and the others (two or four channels) do not count.
 
     Args:
         colour: weight of the colour differences, in [0, 1]; brightness has the rest.
@@ -73,19 +74,17 @@ def variation(
     differences as in Lysaker, Lundervold and Tai 2003; a power below 1 as in Chartrand 2007.  The
     defaults were chosen on CIFAR-10 training images.
     """
-    if pixels.shape[1] == 3:
-        turn = OPPONENT.to(pixels) / OPPONENT.norm(dim=1, keepdim=True).to(pixels)
-        pixels = torch.einsum("dc,nchw->ndhw", turn, pixels)
+    coloured = pixels.shape[1] == 3
+    pixels = torch.einsum("dc,nchw->ndhw", OPPONENT.to(pixels), pixels) if coloured else pixels[:, :1]
     across, down = pixels.diff(dim=-1), pixels.diff(dim=-2)
     slope = F.pad(across, (0, 1)).square() + F.pad(down, (0, 0, 0, 1)).square()
     bend = F.pad(across.diff(dim=-1), (0, 2)).square() + F.pad(down.diff(dim=-2), (0, 0, 0, 2)).square()
     bend = bend + 2 * F.pad(across.diff(dim=-2), (0, 1, 0, 1)).square()
 
     def length(squares: Tensor) -> Tensor:
-        parts = [squares[:, 0]] if squares.shape[1] != 3 else [squares[:, 0], squares[:, 1:].sum(1)]
-        weights = (1 - colour, colour)
-        sums = [(part + width**2).pow(power / 2).sum() for part in parts]
-        return torch.stack([w * s for w, s in zip(weights, sums, strict=False)]).sum()
+        parts = ((1 - colour, squares[:, :1]), (colour, squares[:, 1:]))
+        sums = [w * (part.sum(1) + width**2).pow(power / 2).sum() for w, part in parts if part.shape[1]]
+        return torch.stack(sums).sum()
 
     return length(slope) + curvature * length(bend)
 

@@ -2,13 +2,13 @@
 
 A candidate is a model input x, with labels that are fixed or found jointly as
 softmax(logits).  An objective maps (x, y) to a scalar; `lbfgs` and `adam`
-descend it under the eyes of a `Monitor`.
+descend it under the eyes of a `Monitor`, `continuation` one objective after another.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -84,6 +84,10 @@ class Matching:
         return loss
 
 
+def as_it_is(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    return x, y
+
+
 def lbfgs(
     candidate: Candidate,
     objective: Objective,
@@ -96,10 +100,12 @@ def lbfgs(
     line_search: bool = True,
     target: float = 0.0,
     patience: int | None = None,
+    shown: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = as_it_is,
 ) -> None:
     """`iterations` calls of torch's L-BFGS, each of at most `inner` steps.
 
-    Stops when a step no longer changes the candidate, besides what the monitor asks for.
+    Stops when a step no longer changes the candidate, besides what the monitor asks for, which gets
+    `shown(x, y)`.
     """
     optimizer = torch.optim.LBFGS(
         candidate.variables,
@@ -120,14 +126,45 @@ def lbfgs(
     for _ in range(iterations):
         x, y = candidate.x.detach().clone(), candidate.y.detach()
         loss = float(cast(Any, optimizer).step(closure))
-        if monitor.step(loss, x, y):
+        if monitor.step(loss, *shown(x, y)):
             return
         if torch.equal(x, candidate.x.detach()):
             monitor.stopped = "plateau"
             return
     with torch.no_grad():
         final = candidate.x.detach(), candidate.y.detach()
-    monitor.step(float(objective(*final).detach()), *final)
+    monitor.step(float(objective(*final).detach()), *shown(*final))
+
+
+def continuation(
+    x: Tensor,
+    labels: Tensor,
+    objectives: Iterable[Objective],
+    monitor: Monitor,
+    *,
+    iterations: int,
+    patience: int,
+    history: int = 100,
+) -> Tensor:
+    """`lbfgs` on one objective after another, each from where the one before it ended; the last one's end.
+
+    Ends early when the monitor's time is up.
+    """
+    for objective in objectives:
+        monitor.forget_best()  # the loss of another objective is another loss
+        candidate = Candidate(x, labels=labels)
+        lbfgs(candidate, objective, monitor, iterations=iterations, patience=patience, history=history)
+        if monitor.best_x is not None:
+            x = monitor.best_x
+        if monitor.stopped == "budget":
+            break
+    return x
+
+
+def geometric(first: float, last: float, count: int) -> list[float]:
+    """`count` numbers from `first` to `last` at a constant ratio, in float32; both are above 0."""
+    numbers: list[float] = torch.logspace(math.log10(first), math.log10(last), count).tolist()
+    return numbers
 
 
 def adam(

@@ -31,13 +31,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import vmap
 
-from leakaudit.attacks.base import Monitor, Reconstruction
-from leakaudit.attacks.chain import Link, links, tensors_of
-from leakaudit.attacks.head import head_consistency, head_gradient, relative_precision
+from leakaudit.attacks.base import Monitor, Reconstruction, require_at_least_one, require_falling
+from leakaudit.attacks.chain import Link, links, pieces, tensors_of
+from leakaudit.attacks.head import head_consistency, head_gradient, relative_precision, rms
 from leakaudit.attacks.jacobian import Buckets, Piece, whole
 from leakaudit.attacks.labels import infer_labels
 from leakaudit.attacks.matching import variation
-from leakaudit.attacks.optimise import Candidate, lbfgs
+from leakaudit.attacks.optimise import Objective, continuation, geometric
 from leakaudit.attacks.smoothing import RoundCorners
 from leakaudit.models.spaces import Pixels
 from leakaudit.models.victim import cross_entropy_sum
@@ -78,7 +78,7 @@ class Cut:
         """Rms of the known numbers."""
         middle = (self.low + self.high) / 2
         finite = middle[middle.isfinite()]
-        return float(finite.square().mean().sqrt()) if len(finite) else 1.0
+        return rms(finite) if len(finite) else 1.0
 
 
 @dataclass(frozen=True)
@@ -101,10 +101,8 @@ class Recursive:
     restarts: int = 1
 
     def __post_init__(self) -> None:
-        if not 0 < self.last <= self.first:
-            raise ValueError(f"weights must be positive and fall, got {self.first} to {self.last}")
-        if min(self.unknowns, self.stages, self.rounded, self.iterations, self.restarts) < 1:
-            raise ValueError("unknowns, stages, rounded, iterations and restarts must be at least 1")
+        require_falling(self.first, self.last)
+        require_at_least_one(self, "unknowns", "stages", "rounded", "iterations", "restarts")
 
     def applies(self, view: View) -> str | None:
         if view.round.local_steps > 1:
@@ -115,7 +113,7 @@ class Recursive:
         if view.round.num_examples > 1 and view.scale_free:
             return "a batch without a known scale cannot be separated"
         try:
-            links(view.victim)
+            pieces(view.victim)
         except ValueError as error:
             return str(error)
         return None
@@ -147,16 +145,16 @@ class Recursive:
         """The smoothest x that meet what is known at the cut, the prior weakened in stages; one a pass."""
         space = layers.view.victim.space
         grey = torch.full((len(labels), *space.shape), 0.5, dtype=torch.float64, device=labels.device)
+        start, count = space.encode(grey), self.iterations
         passes = self._passes(layers, solved)
-        monitor.expect((self.iterations + 1) * sum(map(len, passes)) + len(passes))
+        monitor.expect((count + 1) * sum(map(len, passes)) + len(passes))
         found: list[Tensor] = []
         for stages in passes:
-            x = space.encode(grey)
-            for stage in stages:
-                x = self._descend(layers.misfit(solved, stage), stage.weight, x, labels, monitor, space)
-                if monitor.stopped == "budget":
-                    return [*found, x]
-            found.append(x)
+            objectives = [_with_prior(layers.misfit(solved, stage), stage.weight, space) for stage in stages]
+            end = continuation(start, labels, objectives, monitor, iterations=count, patience=5, history=30)
+            found.append(end)
+            if monitor.stopped == "budget":
+                break
         return found
 
     def _passes(self, layers: Layers, solved: Descent) -> list[list[Stage]]:
@@ -167,34 +165,14 @@ class Recursive:
         equations that are continuous in x (the weight gradients right below the cut).
         """
         top, every = layers.names_at_top(solved), layers.names(solved)
-        weights = _geometric(self.first, self.last, self.stages)
+        weights = geometric(self.first, self.last, self.stages)
         if not layers.has_corners(solved):
             return [[Stage(every, weight) for weight in weights]]
-        pairs = zip(
-            _geometric(*ROUND_WEIGHTS, self.rounded), _geometric(*SHARPNESS, self.rounded), strict=True
-        )
+        pairs = zip(geometric(*ROUND_WEIGHTS, self.rounded), geometric(*SHARPNESS, self.rounded), strict=True)
         rounded = [Stage(every, weight, sharpness) for weight, sharpness in pairs]
         rounded += [Stage(every, weight) for weight in weights[len(weights) // 2 :]]
         continuous = [Stage(top, weight) for weight in weights]
         return [rounded, continuous] if 0 < len(top) < len(every) else [rounded]
-
-    def _descend(
-        self,
-        misfit: Callable[[Tensor], Tensor],
-        weight: float,
-        x: Tensor,
-        labels: Tensor,
-        monitor: Monitor,
-        space: Pixels,
-    ) -> Tensor:
-        monitor.forget_best()  # the loss of another prior is another loss
-
-        def objective(x: Tensor, _: Tensor) -> Tensor:
-            return misfit(x) + weight * variation(space.decode(x))
-
-        candidate = Candidate(x, labels=labels)
-        lbfgs(candidate, objective, monitor, iterations=self.iterations, history=30, patience=5)
-        return x if monitor.best_x is None else monitor.best_x
 
 
 @dataclass(frozen=True)
@@ -206,9 +184,8 @@ class Stage:
     sharpness: float | None = None
 
 
-def _geometric(first: float, last: float, count: int) -> list[float]:
-    numbers: list[float] = torch.logspace(math.log10(first), math.log10(last), count).tolist()
-    return numbers
+def _with_prior(misfit: Callable[[Tensor], Tensor], weight: float, space: Pixels) -> Objective:
+    return lambda x, _: misfit(x) + weight * variation(space.decode(x))
 
 
 def features(view: View, generator: torch.Generator) -> tuple[Cut, Tensor, float]:
@@ -239,9 +216,9 @@ def features(view: View, generator: torch.Generator) -> tuple[Cut, Tensor, float
         if view.victim.loss_function is not cross_entropy_sum:
             logit_gradient = logit_gradient / view.round.num_examples
     explained = factor * logit_gradient.T @ found
-    misfit = _rms(explained - head.weight_gradient)
-    error = SAFETY * max(head.epsilon * _rms(head.weight_gradient), misfit) / abs(factor)
-    arithmetic = 4 * SAFETY * head.epsilon * _rms(found)  # of a client that computes in the file's precision
+    misfit = rms(explained - head.weight_gradient)
+    error = SAFETY * max(head.epsilon * rms(head.weight_gradient), misfit) / abs(factor)
+    arithmetic = 4 * SAFETY * head.epsilon * rms(found)  # of a client that computes in the file's precision
     # dW = g^T h, so an error of dW reaches h through the pseudo-inverse of g^T
     spread = torch.linalg.inv(logit_gradient @ logit_gradient.T).diagonal().clamp(min=0).sqrt()
     device = view.victim.device
@@ -301,7 +278,7 @@ class Layers:
             if lower is None:
                 break
             if self._chain[left - 1].kind == "affine":
-                errors.append(float(f"{_rms(lower.high - lower.low) / 2:.2g}"))
+                errors.append(float(f"{rms(lower.high - lower.low) / 2:.2g}"))
             left, cut = self.below(left), lower
         return Descent(left, cut, errors)
 
@@ -391,7 +368,7 @@ class Layers:
         if solution is None:
             return None
         value, error = (numbers.reshape(count, *shape) for numbers in solution)
-        if not _rms(error) < WIDEST * _rms(value):
+        if not rms(error) < WIDEST * rms(value):
             return None
         leaf = value.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(self._run(run, {}, leaf), leaf, cut.gradient)
@@ -441,7 +418,7 @@ class Layers:
     def _error(self, name: str) -> float:
         """Standard error of a number of this gradient: rounding, and the noise that is known."""
         observed = self.view.observed[name]
-        rounding = SAFETY * relative_precision(self.view, observed) * _rms(observed)
+        rounding = SAFETY * relative_precision(self.view, observed) * rms(observed)
         return max(math.hypot(rounding, self.view.knowledge.noise_std.value or 0.0), 1e-300)
 
     def _pieces(self, names: list[str], limit: int) -> dict[str, Piece]:
@@ -494,9 +471,10 @@ def invert(function: Callable[[Tensor], Tensor], cut: Cut, reach: float = 40.0) 
     A bound that the function does not come down or up to becomes infinite.
     """
     grid = torch.linspace(-reach, reach, 8001, dtype=cut.low.dtype, device=cut.low.device)
-    if bool((function(grid).diff() < 0).any()):
+    values = function(grid)
+    if bool((values.diff() < 0).any()):
         return None
-    least, most = function(grid[:1]), function(grid[-1:])
+    least, most = values[0], values[-1]
     low = _bisect(lambda z: function(z) < cut.low.minimum(most), cut.low, reach)
     high = _bisect(lambda z: function(z) <= cut.high.maximum(least), cut.high, reach)
     low = torch.where(low <= -reach * 0.999, -math.inf, low)
@@ -515,7 +493,3 @@ def _bisect(below: Callable[[Tensor], Tensor], like: Tensor, reach: float) -> Te
         true = below(middle)
         left, right = torch.where(true, middle, left), torch.where(true, right, middle)
     return (left + right) / 2
-
-
-def _rms(tensor: Tensor) -> float:
-    return float(tensor.square().mean().sqrt())

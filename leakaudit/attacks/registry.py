@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from leakaudit.attacks.base import Attack
+from leakaudit.attacks.embedding_matching import EMBEDDING_ATTACKS, EMBEDDING_DESCRIPTIONS
 from leakaudit.attacks.gradient_matching import (
     DLG,
     IDLG,
@@ -15,6 +16,7 @@ from leakaudit.attacks.gradient_matching import (
 from leakaudit.attacks.levenberg_marquardt import LevenbergMarquardt
 from leakaudit.attacks.linear import Linear, PatchEmbeddingInverse
 from leakaudit.attacks.recursive import Recursive
+from leakaudit.attacks.text_recovery import EXACT_TEXT_ATTACKS, EXACT_TEXT_DESCRIPTIONS
 
 IMAGE_ATTACKS: dict[str, Attack] = {
     "linear": Linear(),
@@ -28,7 +30,7 @@ IMAGE_ATTACKS: dict[str, Attack] = {
     "tuned-inverting-gradients": TUNED_INVERTING_GRADIENTS,
 }
 
-TEXT_ATTACKS: dict[str, Attack] = {}
+TEXT_ATTACKS: dict[str, Attack] = EXACT_TEXT_ATTACKS | EMBEDDING_ATTACKS
 
 ATTACKS: dict[str, Attack] = IMAGE_ATTACKS | TEXT_ATTACKS
 
@@ -42,6 +44,8 @@ DESCRIPTIONS: dict[str, str] = {
     "idlg": "as dlg, labels inferred first (Zhao et al. 2020)",
     "inverting-gradients": "cosine distance, signed Adam, total variation (Geiping et al. 2020)",
     "tuned-inverting-gradients": "the same, the weight of the prior chosen by the matching loss",
+    **EXACT_TEXT_DESCRIPTIONS,
+    **EMBEDDING_DESCRIPTIONS,
 }
 
 AUTO = (
@@ -55,7 +59,7 @@ AUTO = (
 )
 """What `auto` tries on images, from cheap to dear."""
 
-TEXT_AUTO: tuple[str, ...] = ()
+TEXT_AUTO = ("bag-of-tokens", "position-rows", "span-check", "tiger", "lamp")
 """What `auto` tries on text, from cheap to dear."""
 
 EXACT = ("linear", "patch-embedding", "levenberg-marquardt", "dlg", "idlg")

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from leakaudit.attacks.head import rms
+
 RELUS = {torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.relu, F.relu_}
 POOLS = {torch.max_pool2d, F.max_pool2d}
 FLOOR = 1e-3
@@ -54,7 +56,7 @@ class RoundCorners(TorchFunctionMode):
         return func(*args, **options)
 
     def _slope(self, z: Tensor) -> float:
-        return self.sharpness / max(float(z.detach().square().mean().sqrt()), FLOOR)
+        return self.sharpness / max(rms(z), FLOOR)
 
 
 Size = int | tuple[int, int]

@@ -46,10 +46,11 @@ def load_checkpoint(module: nn.Module, path: str | Path) -> str:
     """Load a checkpoint file into `module`, in place, and return its `parameters_sha256`.
 
     Values are converted to the module's own dtypes.  `num_batches_tracked`, which old
-    checkpoints lack, may be missing.  Raises `InputError`, with the module untouched, that
-    lists missing and unexpected names and wrong shapes, or as `read_state_dict` does.
+    checkpoints lack, may be missing, and tied parameters under all but one of their names.
+    Raises `InputError`, with the module untouched, that lists missing and unexpected names and
+    wrong shapes, or as `read_state_dict` does.
     """
-    state = read_state_dict(path)
+    state = _with_tied(read_state_dict(path), module)
     differences = compare(state, module)
     if differences:
         raise InputError(f"checkpoint {path} does not fit the model: {'; '.join(differences)}")
@@ -87,6 +88,15 @@ def compare(state: Mapping[str, Tensor], module: nn.Module) -> list[str]:
         "of another type": types,
     }
     return [f"{len(items)} {kind} ({_abbreviate(items)})" for kind, items in kinds.items() if items]
+
+
+def _with_tied(state: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """The state with tied tensors under each of their names; transformers writes only one."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    copies = {name: group for group in names.values() for name in group if name in state}
+    return {**{other: state[name] for name, group in copies.items() for other in group}, **state}
 
 
 def save_checkpoint(module: nn.Module | Mapping[str, Tensor], path: str | Path) -> None:

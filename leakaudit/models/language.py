@@ -30,7 +30,7 @@ from leakaudit.formats.phrases import first_line
 from leakaudit.models.architectures import ARCHITECTURES, Architecture
 from leakaudit.models.lora import Lora, attach
 from leakaudit.models.spaces import NO_TOKEN, Tokens
-from leakaudit.models.victim import LOSSES, Classifier, Mode, Params, Victim
+from leakaudit.models.victim import LOSSES, Classifier, Mode, Params, Victim, cross_entropy_sum
 from leakaudit.spec import suggest
 
 Task = Literal["classification", "mlm", "causal-lm"]
@@ -53,7 +53,8 @@ class LanguageVictim(Victim):
     (N, L, H) floating point in place of the word embedding's rows, short rows filled up with NaN.
     Labels y are (N,) integers or (N, K) probabilities for classification, else (N, L) token numbers with
     `IGNORED` where the loss takes nothing; for causal-lm they stand where the tokens do and are shifted
-    here.  The loss is the mean (or sum) over examples, or over all labelled positions of the batch.
+    here.  In place of token numbers, (N, L, V) weights >= 0 of every label at every position are taken.
+    The loss is the mean (or sum) over examples, or over all labelled positions (all weights) of the batch.
 
     Dropout is off in eval mode, which attacks use; in train mode it draws from torch's generator.
 
@@ -78,13 +79,29 @@ class LanguageVictim(Victim):
         """(N, K) class scores, or (N, L, V) token scores."""
         if x.is_floating_point():
             there = ~x.isnan().any(dim=-1)
-            inputs = {"inputs_embeds": x.where(there[..., None], 0.0)}
-        else:
-            there = x != NO_TOKEN
-            inputs = {"input_ids": x.where(there, self.filler)}
-        tensors = (dict(params), self.frozen, self.buffers)
-        found = functional_call(self.module, tensors, (), {**inputs, "attention_mask": there.long()})
-        return found.logits
+            with self._embedding_as(x.where(there[..., None], 0.0)):
+                return self._scores(params, there.long() * (self.filler == 0), there)
+        there = x != NO_TOKEN
+        return self._scores(params, x, there)
+
+    def _scores(self, params: Params, tokens: Tensor, there: Tensor) -> Tensor:
+        inputs = {"input_ids": tokens.where(there, self.filler), "attention_mask": there.long()}
+        return functional_call(self.module, (dict(params), self.frozen, self.buffers), (), inputs).logits
+
+    @contextmanager
+    def _embedding_as(self, rows: Tensor) -> Iterator[None]:
+        """The word embedding answers with these rows (N, L, H), whatever it is asked.
+
+        Unlike `inputs_embeds` this leaves transformers the token numbers, by which decoders find the end of
+        a sentence to classify, and Gemma the factor on its rows.
+        """
+        embedding = self.module.get_input_embeddings()
+        scale = getattr(embedding, "embed_scale", 1.0)
+        handle = embedding.register_forward_hook(lambda *_: rows * scale)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def loss(self, params: Params, x: Tensor, y: Tensor) -> Tensor:
         logits = self.logits(params, x)
@@ -92,6 +109,9 @@ class LanguageVictim(Victim):
             return self.loss_function(logits, y)
         if self.task == "causal-lm":
             logits, y = logits[:, :-1], y[:, 1:]
+        if y.is_floating_point():
+            total = -(y * logits.log_softmax(dim=-1)).sum()
+            return total if self.loss_function is cross_entropy_sum else total / y.sum()
         labelled = y != IGNORED
         return self.loss_function(logits[labelled], y[labelled])
 
@@ -198,13 +218,26 @@ class LanguageVictim(Victim):
 
     def attention_inputs(self, x: Tensor, layer: int) -> Tensor:
         """What enters the attention of block `layer`, (N, L, H), without gradient; later blocks do not run."""
+        return self._input_of(self.projections(layer)[0][1], x)
+
+    def head_inputs(self, x: Tensor) -> Tensor | None:
+        """What enters the layer that makes the scores, without gradient: (N, F), or (N, L, H) for a task on
+        tokens; None where that layer is not known."""
+        if self.task != "classification":
+            module: Any = self.module
+            layer = module.get_output_embeddings()
+            return None if layer is None else self._input_of(layer, x)
+        head = self.classifier()
+        return None if head is None else self._input_of(self.module.get_submodule(head.module), x)
+
+    def _input_of(self, module: nn.Module, x: Tensor) -> Tensor:
         kept: list[Tensor] = []
 
         def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             kept.append(inputs[0])
             raise _Enough
 
-        handle = self.projections(layer)[0][1].register_forward_pre_hook(keep)
+        handle = module.register_forward_pre_hook(keep)
         try:
             with torch.no_grad():
                 self.logits(self.params, x)
@@ -273,7 +306,6 @@ def load_language_victim(
         tokenizer = _tokenizer(name)
     if checkpoint is not None:
         load_checkpoint(module, checkpoint)
-    module.config.pad_token_id = _padding(module)
     fresh = sorted(info["missing_keys"])
     if adapter is not None and adapter.folder is None:
         fresh += [parameter for parameter, _ in module.named_parameters() if ".lora_" in parameter]
@@ -296,6 +328,7 @@ def language_victim(
         raise InputError(f"loss {loss}/{reduction} is not supported; accepted: {known}")
     module = copy.deepcopy(module).train(mode == "train")
     config: Any = module.config
+    config.pad_token_id = _padding(module)
     vocabulary = _word_rows(module).shape[0]
     if tokenizer is not None and len(tokenizer) > vocabulary:
         raise InputError(
@@ -361,8 +394,11 @@ def _max_length(
 
 
 def _padding(module: PreTrainedModel) -> int:
-    token = getattr(module.config, "pad_token_id", None)
-    return 0 if token is None else int(token)
+    """The padding token, or as people choose it for models without one the token that ends a text, or 0."""
+    config: Any = module.config
+    token = config.pad_token_id if config.pad_token_id is not None else config.eos_token_id
+    first = token[0] if isinstance(token, list) else token
+    return 0 if first is None else int(first)
 
 
 def _head(module: PreTrainedModel, task: Task) -> tuple[str, ...]:
@@ -374,10 +410,12 @@ def _head(module: PreTrainedModel, task: Task) -> tuple[str, ...]:
 
 
 def _tokenizer(name: str) -> PreTrainedTokenizerBase | None:
+    """None for a model without; transformers then makes up one of special tokens alone for some families."""
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        found = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError):
         return None
+    return found if len(found) > len(found.all_special_ids) else None
 
 
 def _pretrained(kind: Any, name: str, what: str, **options: Any) -> Any:

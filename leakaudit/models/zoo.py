@@ -110,14 +110,10 @@ class ResNetOptions(Options):
 
 
 @dataclass(frozen=True)
-class CifarResNetOptions(ResNetOptions):
+class CifarResNetOptions(WidthOptions, ResNetOptions):
     """`width`: channels of the first layer; 64 for the ResNet20-4 of Geiping et al. 2020."""
 
     width: int = 16
-
-    def __post_init__(self) -> None:
-        if self.width < 1:
-            raise ValueError(f"width must be at least 1, got {self.width}")
 
 
 @dataclass(frozen=True)

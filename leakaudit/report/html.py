@@ -24,11 +24,15 @@ from leakaudit.report import words
 from leakaudit.report.charts import loss_chart
 from leakaudit.report.folder import read_picture
 from leakaudit.report.redact import redact as redact_result
-from leakaudit.results import AuditResult, ExampleScores, Finding, Frame, Score, Trial
+from leakaudit.report.tokens import Sentence, sentence, tally
+from leakaudit.report.wording import WORDINGS, Wording
+from leakaudit.results import AuditResult, ExampleScores, Finding, Frame, Score, Token, Trial
 
 PIXELATED_BELOW = 200
 MAX_DATA_CHARACTERS = 4000
 MAX_SCORE_COLUMNS = 3
+MAX_STRIP_SENTENCES = 4
+MAX_STRIP_TOKENS = 64
 SEVERITY_ORDER = ("leak", "warning", "hint", "info")
 NOTEBOOK_HEIGHT = 900
 
@@ -63,14 +67,21 @@ class ExampleCard:
     original: Picture | None
     reconstruction: Picture | None
     difference: Picture | None
+    original_text: Sentence | None
+    recovered_text: Sentence | None
     scores: list[tuple[str, str]]
     label_matches: bool | None
 
 
 @dataclass(frozen=True)
 class StripFrame:
+    """One iteration: a picture of the batch, or its first sentences with `more` left out."""
+
     frame: Frame
     picture: Picture | None
+    sentences: list[Sentence]
+    more: int
+    note: str
 
 
 @dataclass(frozen=True)
@@ -90,15 +101,16 @@ def render_html(result: AuditResult, folder: Path | None, redact: bool = False) 
     Args:
         result: the audit.
         folder: the run folder its pictures are in; None leaves the pictures out.
-        redact: leave out originals, difference pictures and true labels; also done for a
-            result that is marked redacted.
+        redact: leave out originals, difference pictures, marks on tokens and true labels; also
+            done for a result that is marked redacted.
 
     Raises:
         InputError: a picture's path leaves the folder, or the file is not a PNG.
     """
     result = redact_result(result) if redact or result.redacted else result
     pictures = _Pictures(folder)
-    columns = _score_columns(result.trials)
+    say = WORDINGS[result.medium]
+    columns = _score_columns(result.trials, say)
     trials = [_trial_view(result, index, columns, pictures) for index in ranked(result)]
     best = trials[0] if result.best is not None else None
     css, script = _asset("audit.css"), _asset("audit.js")
@@ -109,7 +121,7 @@ def render_html(result: AuditResult, folder: Path | None, redact: bool = False) 
             result=result,
             best=best,
             trials=trials,
-            tiles=_tiles(result),
+            tiles=_tiles(result, say),
             examples=[] if best is None else _examples(best.trial, pictures),
             columns=[words.metric_name(name) for name in columns],
             charts=[(view, chart) for view in trials if (chart := loss_chart(view.trial)) is not None],
@@ -119,6 +131,7 @@ def render_html(result: AuditResult, folder: Path | None, redact: bool = False) 
             css_hash=_policy_hash(css),
             script_hash=_policy_hash(script),
             words=words,
+            say=say,
         )
     )
 
@@ -183,7 +196,7 @@ class _Pictures:
         return Picture("data:image/png;base64," + base64.b64encode(data).decode(), width, height)
 
 
-def _tiles(result: AuditResult) -> list[Tile]:
+def _tiles(result: AuditResult, say: Wording) -> list[Tile]:
     tiles: list[Tile] = []
     trial = result.best_trial
     if trial is not None:
@@ -198,7 +211,7 @@ def _tiles(result: AuditResult) -> list[Tile]:
                 Tile("Restarts that succeeded", f"{rate.successes} of {rate.restarts}", note=interval)
             )
     steps = words.plural(result.round.local_steps, "local step")
-    tiles.append(Tile("Private examples", f"{result.round.num_examples:,}", note=f"in {steps}"))
+    tiles.append(Tile(say.many_private, f"{result.round.num_examples:,}", note=f"in {steps}"))
     tried = words.plural(len(result.trials), "attack")
     attempts = words.plural(sum(len(trial.attempts) for trial in result.trials), "attempt")
     tiles.append(Tile("Time", words.duration(result.seconds), note=f"{tried}, {attempts}"))
@@ -225,20 +238,29 @@ def _trial_view(result: AuditResult, index: int, columns: list[str], pictures: _
     return TrialView(
         trial=trial,
         is_best=index == result.best,
-        strip=[StripFrame(frame, pictures(frame.image)) for frame in trial.strip],
+        strip=[_strip_frame(frame, pictures) for frame in trial.strip],
         cells=[_cell(scores.get(name)) for name in columns],
         details=_as_text(trial.details),
     )
+
+
+def _strip_frame(frame: Frame, pictures: _Pictures) -> StripFrame:
+    shown = [sentence(tokens, MAX_STRIP_TOKENS) for tokens in frame.sentences[:MAX_STRIP_SENTENCES]]
+    more = len(frame.sentences) - len(shown)
+    return StripFrame(frame, pictures(frame.image), shown, more, tally(frame.sentences))
 
 
 def _cell(score: Score | None) -> str:
     return words.MISSING if score is None else words.quantity(score.value, score.unit)
 
 
-def _score_columns(trials: list[Trial]) -> list[str]:
-    """The metrics most worth a column: measured ones, in the order reported."""
-    measured = [score.metric for trial in trials for score in trial.scores if score.value is not None]
-    return list(dict.fromkeys(measured))[:MAX_SCORE_COLUMNS]
+def _score_columns(trials: list[Trial], say: Wording) -> list[str]:
+    """The metrics most worth a column: those the medium prefers, or measured ones in the order reported."""
+    measured = dict.fromkeys(
+        score.metric for trial in trials for score in trial.scores if score.value is not None
+    )
+    preferred = [name for name in say.score_columns if name in measured]
+    return preferred or list(measured)[:MAX_SCORE_COLUMNS]
 
 
 def _examples(trial: Trial, pictures: _Pictures) -> list[ExampleCard]:
@@ -253,6 +275,8 @@ def _example_card(example: ExampleScores, units: dict[str, str], pictures: _Pict
         original=pictures(example.original),
         reconstruction=pictures(example.reconstruction),
         difference=pictures(example.difference),
+        original_text=_sentence(example.original_tokens),
+        recovered_text=_sentence(example.recovered_tokens),
         scores=[
             (words.metric_name(name), words.quantity(value, units.get(name, "")))
             for name, value in example.scores.items()
@@ -260,6 +284,10 @@ def _example_card(example: ExampleScores, units: dict[str, str], pictures: _Pict
         ],
         label_matches=example.true_label == example.recovered_label if known else None,
     )
+
+
+def _sentence(tokens: list[Token] | None) -> Sentence | None:
+    return None if tokens is None else sentence(tokens)
 
 
 def _finding_data(finding: Finding) -> str:

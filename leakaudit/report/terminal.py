@@ -15,14 +15,17 @@ from rich.text import Text
 
 from leakaudit.report import words
 from leakaudit.report.html import ranked, sorted_findings
-from leakaudit.results import AuditResult, Finding, KnowledgeRow, Score, Trial, Verification
+from leakaudit.report.tokens import Piece, sentence
+from leakaudit.results import AuditResult, ExampleScores, Finding, KnowledgeRow, Score, Trial, Verification
 
 VERDICT_STYLES = {"leaks": "red", "not-recovered": "blue", "inconclusive": "yellow"}
 VERDICT_WORDS = {"leaks": "! LEAKS", "not-recovered": "- NOT RECOVERED", "inconclusive": "? INCONCLUSIVE"}
 SEVERITY_STYLES = {"leak": "bold red", "warning": "yellow", "hint": "cyan", "info": "dim"}
 STATUS_STYLES = {"known": "cyan", "inferred": "green", "unknown": "dim"}
 MATCH_STYLES = {"verified": "red", "consistent": "yellow", "not-matched": "dim"}
-COLUMN_METRICS = ("psnr", "ssim", "mse")
+COLUMN_METRICS = ("psnr", "ssim", "mse", "token-accuracy", "rouge-l")
+MAX_SENTENCES = 8
+MAX_TOKENS = 100
 
 
 def plain(text: str, style: str = "") -> Text:
@@ -50,6 +53,7 @@ def print_result(result: AuditResult, console: Console, folder: Path | None = No
         console.print(_remark("skipped", "dim", item.attack, item.reason))
     if result.best_trial is not None:
         _print_scores(result.best_trial, console)
+        _print_text(result.best_trial, console)
     print_findings(result.findings, console)
     _print_knowledge(result, console)
     _print_controls(result, console)
@@ -154,6 +158,42 @@ def _print_scores(trial: Trial, console: Console) -> None:
             "Without truth", Text.assemble(_match(trial.verification), ": ", plain(trial.verification.text))
         )
     console.print(grid)
+
+
+def _print_text(trial: Trial, console: Console) -> None:
+    """The recovered sentences, wrong tokens in red and underlined; nothing for images."""
+    examples = [example for example in trial.examples if example.recovered_tokens is not None]
+    if not examples:
+        return
+    console.print(Text("\nRecovered text", style="bold"))
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(justify="right", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for example in examples[:MAX_SENTENCES]:
+        grid.add_row(Text(str(example.index), style="dim"), _recovered(example))
+    console.print(grid)
+    if len(examples) > MAX_SENTENCES:
+        rest = words.plural(len(examples) - MAX_SENTENCES, "more sentence")
+        console.print(Text(f"and {rest}, in the report", style="dim"))
+
+
+def _recovered(example: ExampleScores) -> Text:
+    shown = sentence(example.recovered_tokens or [], MAX_TOKENS)
+    text = Text(overflow="fold")
+    for index, piece in enumerate(shown.pieces):
+        text.append("" if piece.joined or index == 0 else " ")
+        text.append_text(plain(piece.text, _piece_style(piece)))
+    if shown.more:
+        text.append(f" and {words.plural(shown.more, 'more token')}", style="dim")
+    if shown.note:
+        text.append(f"  ({shown.note})", style="dim")
+    return text
+
+
+def _piece_style(piece: Piece) -> str:
+    if piece.right is False:
+        return "red underline"
+    return "dim" if piece.special else ""
 
 
 def _score(score: Score) -> Text:

@@ -12,6 +12,10 @@ _METRICS = {
     "psnr": "PSNR",
     "ssim": "SSIM",
     "lpips": "LPIPS",
+    "bag-f1": "Bag F1",
+    "rouge-1": "ROUGE-1",
+    "rouge-2": "ROUGE-2",
+    "rouge-l": "ROUGE-L",
 }
 MISSING = "–"
 NARROW_SPACE = "\N{NARROW NO-BREAK SPACE}"

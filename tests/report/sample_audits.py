@@ -1,7 +1,7 @@
 """Made-up audits for the tests of the report, and for looking at it in a browser.
 
 `python tests/report/sample_audits.py FOLDER` writes one run folder a sample.
-`python tests/report/sample_audits.py --golden` writes the golden report anew: look at
+`python tests/report/sample_audits.py --golden` writes the golden reports anew: look at
 the difference before committing it.
 """
 
@@ -29,6 +29,7 @@ from leakaudit.results import (
     Score,
     Skipped,
     SuccessRate,
+    Token,
     Trial,
     Verdict,
     Verification,
@@ -36,6 +37,7 @@ from leakaudit.results import (
 
 PHOTOS = Path(__file__).parents[2] / "examples" / "photos"
 GOLDEN = Path(__file__).parent / "golden_run"
+GOLDEN_TEXT = Path(__file__).parent / "golden_text_run"
 EVIL = '<script>alert("x")</script><img src="https://evil.example/x.png" onerror=alert(1)>\x1b[31m[red]'
 
 
@@ -208,6 +210,52 @@ def write_strip(folder: Path, name: str, batch: np.ndarray, steps: list[int], se
 STEPS = [0, 1, 2, 4, 7, 13, 23, 42, 76, 137, 211, 300]
 
 
+def photo_audit_frame(count: int) -> AuditResult:
+    """What an audit of `count` photos holds besides its trials."""
+    return AuditResult(
+        created="2025-11-22 08:30 UTC",
+        command="leakaudit attack --model lenet --checkpoint model.safetensors shared.safetensors"
+        " --truth truth.safetensors --attack auto --seed 7 --out runs/one",
+        seed=7,
+        model=MODEL,
+        round=RoundSummary(num_examples=count, local_steps=1, local_batch_size=count, learning_rate=None),
+        setting="upper bound",
+        knowledge=knowledge(),
+        findings=FINDINGS,
+        trials=[],
+        skipped=[
+            Skipped(attack="linear", reason="the first layer is a convolution, not fully connected"),
+            Skipped(attack="levenberg-marquardt", reason="out of the time budget of 5 min"),
+        ],
+        controls=[
+            Control(
+                name="positive",
+                passed=True,
+                text="dlg on an undefended one-example update of this model reached 84.2 dB.",
+                scores=SCORES[:2],
+            ),
+            Control(name="floor", passed=True, text="100 unrelated images.", scores=[FLOOR]),
+        ],
+        best=None,
+        verdict=Verdict(
+            status="leaks",
+            headline="One shared update gives the private photo back, pixel by pixel."
+            if count == 1
+            else f"One shared update gives all {count} private photos back.",
+            reasons=[
+                "dlg recovered the photo at 86.8 dB PSNR; an unrelated photo scores 10.3 dB.",
+                "The reconstruction is verified without the truth, to within 3.1e-6 RMS per pixel.",
+                "The label was inferred from the update alone.",
+            ],
+            policy="PSNR below 15 dB for every example",
+        ),
+        truth_known=True,
+        seconds=248.6,
+        environment={"leakaudit": "0.1.0", "python": "3.11.7", "torch": "2.6.0", "device": "cpu"},
+        files={"shared.safetensors": "sha256:" + "3f9a" * 16, "model.safetensors": "sha256:" + "77c1" * 16},
+    )  # fmt: skip
+
+
 def photo_audit(folder: Path, count: int = 1, size: int = 32) -> AuditResult:
     """A full audit of `count` photos that leak."""
     originals = photos(count, size)
@@ -274,48 +322,7 @@ def photo_audit(folder: Path, count: int = 1, size: int = 32) -> AuditResult:
             )
         ],
     )
-    return AuditResult(
-        created="2025-11-22 08:30 UTC",
-        command="leakaudit attack --model lenet --checkpoint model.safetensors shared.safetensors"
-        " --truth truth.safetensors --attack auto --seed 7 --out runs/one",
-        seed=7,
-        model=MODEL,
-        round=RoundSummary(num_examples=count, local_steps=1, local_batch_size=count, learning_rate=None),
-        setting="upper bound",
-        knowledge=knowledge(),
-        findings=FINDINGS,
-        trials=[cosine, best, failed],
-        skipped=[
-            Skipped(attack="linear", reason="the first layer is a convolution, not fully connected"),
-            Skipped(attack="levenberg-marquardt", reason="out of the time budget of 5 min"),
-        ],
-        controls=[
-            Control(
-                name="positive",
-                passed=True,
-                text="dlg on an undefended one-example update of this model reached 84.2 dB.",
-                scores=SCORES[:2],
-            ),
-            Control(name="floor", passed=True, text="100 unrelated images.", scores=[FLOOR]),
-        ],
-        best=1,
-        verdict=Verdict(
-            status="leaks",
-            headline="One shared update gives the private photo back, pixel by pixel."
-            if count == 1
-            else f"One shared update gives all {count} private photos back.",
-            reasons=[
-                "dlg recovered the photo at 86.8 dB PSNR; an unrelated photo scores 10.3 dB.",
-                "The reconstruction is verified without the truth, to within 3.1e-6 RMS per pixel.",
-                "The label was inferred from the update alone.",
-            ],
-            policy="PSNR below 15 dB for every example",
-        ),
-        truth_known=True,
-        seconds=248.6,
-        environment={"leakaudit": "0.1.0", "python": "3.11.7", "torch": "2.6.0", "device": "cpu"},
-        files={"shared.safetensors": "sha256:" + "3f9a" * 16, "model.safetensors": "sha256:" + "77c1" * 16},
-    )  # fmt: skip
+    return photo_audit_frame(count).model_copy(update={"trials": [cosine, best, failed], "best": 1})
 
 
 def blind_audit(folder: Path) -> AuditResult:
@@ -430,6 +437,207 @@ def tiny_audit(folder: Path) -> AuditResult:
     return result.model_copy(update={"trials": [small(trial) for trial in result.trials]})
 
 
+SENTENCES = [
+    "[CLS] registration , volunteer applications , and student travel application open the first week of "
+    "september . child care will be available . [SEP]",
+    "[CLS] the ##rapist said no to the new dose . [SEP]",
+    "[CLS] Ġmeet Ġme Ġat ĠcafÃ© ĠðŁĺĢ Ġun believ ably Ġlate [SEP]",
+    "[CLS] ▁der ▁Pati ent ▁ist ▁ gesund [SEP]",
+]
+NOISE = [
+    "##ing",
+    "dragon",
+    "tablet",
+    "the",
+    "1847",
+    "##ogy",
+    "of",
+    "weather",
+    "##ble",
+    "silk",
+    "moor",
+    "said",
+]
+
+
+def tokens(text: str) -> list[Token]:
+    return [Token(text=piece, special=piece.startswith("[")) for piece in text.split()]
+
+
+def marked(found: list[Token], truth: list[Token]) -> list[Token]:
+    return [
+        token.model_copy(update={"right": index < len(truth) and token.text == truth[index].text})
+        for index, token in enumerate(found)
+    ]
+
+
+def recovered(text: str, share: float, seed: int = 0) -> list[Token]:
+    """The sentence with the first `share` of a random order of its tokens right, marked."""
+    truth = tokens(text)
+    order = np.random.default_rng(seed).permutation(len(truth))
+    found = [
+        token if token.special or rank < share * len(truth) else Token(text=NOISE[(rank + seed) % len(NOISE)])
+        for token, rank in zip(truth, np.argsort(order), strict=True)
+    ]
+    return marked(found, truth)
+
+
+TEXT_SCORES = [
+    Score(metric="token-accuracy", value=0.96, chance=0.004),
+    Score(metric="special-accuracy", value=1.0, chance=1.0),
+    Score(metric="bag-precision", value=0.98, chance=0.12),
+    Score(metric="bag-recall", value=0.98, chance=0.11),
+    Score(metric="bag-f1", value=0.98, chance=0.11),
+    Score(metric="exact-match", value=0.5, chance=0.0),
+    Score(metric="rouge-1", value=0.98, chance=0.14),
+    Score(metric="rouge-2", value=0.95, chance=0.01, reason="1 of 4 sentences: fewer than 2 words"),
+    Score(metric="rouge-l", value=0.98, chance=0.13),
+]
+
+
+def text_audit(folder: Path, count: int = 1, share: float = 1.0) -> AuditResult:
+    """An audit of `count` sentences; `share` of their tokens was recovered.  Writes no picture."""
+    texts = SENTENCES[:count]
+    examples = [
+        ExampleScores(
+            index=index,
+            matched=index,
+            true_label="announcement",
+            recovered_label="announcement" if index != 1 else "complaint",
+            scores={score.metric: score.value for score in TEXT_SCORES},
+            original_tokens=tokens(text),
+            recovered_tokens=recovered(text, share, seed=index),
+        )
+        for index, text in enumerate(texts)
+    ]
+    strip = [
+        Frame(
+            iteration=step,
+            loss=120 * 10 ** (-step / 4),
+            sentences=[recovered(text, share * step / 30, seed=index) for index, text in enumerate(texts)],
+        )
+        for step in (0, 10, 20, 30)
+    ]
+    best = Trial(
+        attack="dlg-text",
+        spec="dlg-text:iterations=30,restarts=2",
+        status="done",
+        best=0,
+        residual=5.1e-8,
+        seconds=12.5,
+        attempts=[attempt(0, 3e-12, 30), attempt(1, 7.0, 30, "finished", False)],
+        success=SuccessRate(
+            successes=1, restarts=2, low=0.095, high=0.905, criterion="bag-f1>0.5,rouge-l>0.5"
+        ),
+        label_source="inferred from the last layer's gradient",
+        scores=TEXT_SCORES,
+        examples=examples,
+        verification=Verification(
+            status="verified",
+            text="The update of the recovered tokens equals the observed one to float rounding.",
+            residual=5.1e-8,
+            floor=6e-8,
+        ),
+        strip=strip,
+    )
+    bag = Trial(
+        attack="bag",
+        spec="bag",
+        status="done",
+        best=0,
+        residual=0.31,
+        seconds=0.2,
+        attempts=[attempt(0, 0.09, 1, "finished")],
+        scores=[score.model_copy(update={"value": 0.4}) for score in TEXT_SCORES],
+        examples=examples,
+        strip=strip[:1],
+    )
+    private = "sentence" if count == 1 else f"{count} sentences"
+    return photo_audit_frame(count).model_copy(
+        update={
+            "medium": "text",
+            "command": "leakaudit attack --model hf:minilm --task classification shared.safetensors"
+            " --truth truth.safetensors --attack auto --seed 7 --out runs/text",
+            "model": ModelSummary(
+                name="bert (6 layers, hidden 384)",
+                parameters=22713216,
+                num_classes=2,
+                input_shape=[256],
+                mode="eval",
+                task="classification",
+            ),
+            "trials": [bag, best],
+            "best": 1,
+            "verdict": Verdict(
+                status="leaks",
+                headline=f"One shared update gives the private {private} back, word for word.",
+                reasons=["dlg-text recovered 98 % of the words; unrelated sentences score 14 %."],
+                policy="bag-f1>0.5,rouge-l>0.5",
+            ),
+            "skipped": [Skipped(attack="lora", reason="the update holds no adapters")],
+        }
+    )
+
+
+def text_blind_audit(folder: Path) -> AuditResult:
+    """Sentences recovered from a saved gradient, no truth at hand."""
+    result = text_audit(folder, 4, 0.8)
+    best = result.trials[1]
+
+    def unmarked(row: list[Token]) -> list[Token]:
+        return [token.model_copy(update={"right": None}) for token in row]
+
+    examples = [
+        ExampleScores(index=e.index, matched=e.index, recovered_tokens=unmarked(e.recovered_tokens or []))
+        for e in best.examples
+    ]
+    strip = [
+        frame.model_copy(update={"sentences": [unmarked(row) for row in frame.sentences]})
+        for frame in best.strip
+    ]
+    trial = best.model_copy(update={"examples": examples, "strip": strip, "scores": [], "success": None})
+    return result.model_copy(
+        update={"trials": [trial], "best": 0, "truth_known": False, "setting": "realistic"}
+    )
+
+
+EVIL_TOKENS = [
+    "<script>alert(1)</script>",
+    "</style>",
+    "</span></p>",
+    '"><img src=x onerror=1>',
+    "'onmouseover='alert(1)",
+    "{{ 7*7 }}",
+    "\u202eesrever\u2066",
+    "\x1b[31m[red]\x00\n",
+    "a" * 400,
+    "",
+    "##",
+    "▁",
+    "&lt;b&gt;",
+]
+
+
+def text_hostile_audit(folder: Path) -> AuditResult:
+    """Tokens that attack the page, empty sentences, sentences of 5,000 tokens, 40 of them a frame."""
+    result = text_audit(folder)
+    evil = [
+        Token(text=text, right=index % 3 == 0, special=index % 5 == 4)
+        for index, text in enumerate(EVIL_TOKENS)
+    ]
+    rows = [evil, [], evil[::-1], [Token(text="א" * 9), Token(text="ב##")], evil * (5000 // len(evil))]
+    examples = [
+        ExampleScores(index=index, matched=index, original_tokens=evil, recovered_tokens=row)
+        for index, row in enumerate(rows)
+    ]
+    examples += [ExampleScores(index=9, matched=-1, original_tokens=evil)]
+    examples += [ExampleScores(index=10 + i, matched=i, recovered_tokens=evil) for i in range(8)]
+    strip = [Frame(iteration=i, loss=math.nan, sentences=rows * 8) for i in (0, 10**9)]
+    strip += [Frame(iteration=3, loss=0.0)]
+    trial = result.trials[1].model_copy(update={"examples": examples, "strip": strip})
+    return result.model_copy(update={"trials": [trial], "best": 0})
+
+
 SAMPLES = {
     "one": photo_audit,
     "batch": lambda folder: photo_audit(folder, 16),
@@ -437,6 +645,11 @@ SAMPLES = {
     "hostile": hostile_audit,
     "nothing": nothing_recovered_audit,
     "redacted": lambda folder: photo_audit(folder, 4).model_copy(update={"redacted": True}),
+    "text": text_audit,
+    "text-batch": lambda folder: text_audit(folder, 4, 0.8),
+    "text-blind": text_blind_audit,
+    "text-hostile": text_hostile_audit,
+    "text-redacted": lambda folder: text_audit(folder, 2, 0.8).model_copy(update={"redacted": True}),
 }
 
 
@@ -446,6 +659,7 @@ def main(argument: str) -> None:
         named = {GOLDEN / name for name in picture_names(read_run(GOLDEN))}
         for path in set(GOLDEN.glob("images/*.png")) - named:
             path.unlink()
+        write_run(text_audit(GOLDEN_TEXT, 2, 0.8), GOLDEN_TEXT)
         return
     for name, make in SAMPLES.items():
         folder = Path(argument) / name

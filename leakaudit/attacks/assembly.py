@@ -1,0 +1,348 @@
+"""From tokens that may stand at a position to whole sentences, by the second attention layer's span.
+
+What enters the second layer depends on the whole sentence (in a decoder: on the tokens before), so a right
+sentence lies in the span of that layer's gradient at every place, and a wrong one at hardly any.
+
+Decoders (DAGER, Petrov et al. 2024): prefixes grow one token at a time, and only true ones survive.
+
+Encoders: coordinate descent on the distance, from a start that the embedding rows suggest, for the longest
+sentence first, whose last place belongs to it alone.  A found sentence is simulated and taken out of the
+update (peeled), which makes the rest a smaller problem.  The start and the peeling are ours; DAGER descends
+from random tokens of each position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from leakaudit.attacks.base import Monitor
+from leakaudit.attacks.rows import Rows, read_rows
+from leakaudit.attacks.spans import Span, attention_span, scan
+from leakaudit.attacks.token_labels import complete_labels
+from leakaudit.models.language import LanguageVictim
+from leakaudit.models.spaces import stack_sentences
+from leakaudit.rounds import Round
+from leakaudit.threat import View
+from leakaudit.update import Update
+
+FOUND = 1e-4
+"""Mean distance from the second layer's span below which a sentence counts as found, without noise."""
+SLACK = 30.0
+"""Distances of true candidates are alike within this factor."""
+FEW_KICKS, KICKS = 3, 12
+"""Times a sentence that does not pass is shaken and descends again, before and after trying other lengths."""
+MOST_LENGTHS = 8
+CHOICES = 12
+SWEEPS = 6
+SPREAD = 0.2
+"""Temperature of tokens drawn anew, in units of the prior."""
+MOST_PREFIXES = 4096
+REPEATS = 8
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Tokens that may stand at each position.
+
+    Attributes:
+        tokens: (n,) candidates.
+        limit: distance from a span up to which a candidate passes.
+        prior: (L, n) how much the rows speak for each place; minus infinity where excluded.
+        affinity: (n, n) likeness of the tokens' gradients, high within a sentence.
+    """
+
+    tokens: Tensor
+    limit: float
+    prior: Tensor
+    affinity: Tensor
+
+
+def candidates(victim: LanguageVictim, rows: Rows, span: Span, length: int) -> Candidates:
+    """What the first layer's span and the rows leave of (position, token) pairs."""
+    distance = scan(victim, span, rows.tokens, length)
+    limit = accepted(distance.amin(dim=1).median().item(), span)
+    prior = torch.zeros_like(distance)
+    if len(rows.position):
+        fit = torch.linalg.lstsq(rows.word.T, rows.position[:length].T, driver="gelsd").solution.T
+        prior[: len(fit)] = fit
+    unit = F.normalize(rows.word, dim=1)
+    return Candidates(rows.tokens, limit, prior.masked_fill(distance > limit, -torch.inf), unit @ unit.T)
+
+
+def accepted(typical: float, span: Span) -> float:
+    """Distance up to which a candidate passes, given that of a true one."""
+    return max(min(SLACK * max(typical, 1e-7), 0.3), min(span.tolerance, FOUND))
+
+
+# ------------------------------------------------------------------------------------------ decoders
+
+
+def grow(
+    victim: LanguageVictim, choices: Callable[[int], Tensor], span: Span, limit: int, monitor: Monitor
+) -> list[list[int]]:
+    """All sentences whose every prefix lies in the second layer's span.
+
+    Args:
+        choices: tokens that may stand at a position.
+        limit: tokens of a sentence at most.
+    """
+    prefixes: list[list[int]] = [[]]
+    ended: list[list[int]] = []
+    typical = 0.0
+    for place in range(limit):
+        tokens = choices(place)
+        if len(tokens) == 0:
+            break
+        prefixes = [prefix for prefix in prefixes if not _stuck(prefix)]
+        grown = torch.tensor(
+            [[*prefix, token] for prefix in prefixes for token in tokens.tolist()], device=victim.device
+        )
+        if len(grown) == 0:
+            break
+        distance = torch.cat(
+            [
+                span.distance(victim.attention_inputs(part, 1)[:, -1])
+                for part in torch.split(grown, max(1, (1 << 15) // (place + 1)))
+            ]
+        )
+        typical = max(typical, float(distance.min())) if place < 2 else typical
+        good = distance < accepted(typical, span)
+        alive = good.view(len(prefixes), len(tokens))
+        ended += [prefix for prefix, survives in zip(prefixes, alive.any(dim=1), strict=True) if not survives]
+        if not bool(good.any()) or int(good.sum()) > MOST_PREFIXES:
+            return [sentence for sentence in ended if sentence]
+        prefixes = grown[good].tolist()
+        if monitor.step(float(distance[good].mean()), stack_sentences(prefixes), torch.zeros(0)):
+            break
+    return [sentence for sentence in [*ended, *prefixes] if sentence]
+
+
+def _stuck(prefix: list[int]) -> bool:
+    """One token over and over: without positions such a prefix looks the same at every length."""
+    return len(prefix) > REPEATS and len(set(prefix)) == 1
+
+
+def by_evidence(victim: LanguageVictim, sentences: list[list[int]]) -> list[list[int]]:
+    """Those that explain most independent vectors of the second layer first, the short before the long."""
+
+    def evidence(sentence: list[int]) -> tuple[int, int]:
+        inputs = victim.attention_inputs(torch.tensor([sentence], device=victim.device), 1)[0].double()
+        return -int(torch.linalg.matrix_rank(inputs, rtol=FOUND)), len(sentence)
+
+    return sorted(sentences, key=evidence)
+
+
+# ------------------------------------------------------------------------------------------ encoders
+
+
+def assemble(view: View, rows: Rows, generator: torch.Generator, monitor: Monitor) -> tuple[Tensor, int]:
+    """The sentences of an encoder's batch (N, L), and how many of them passed the second layer's test.
+
+    Those that passed come first; what could not be found is filled up with the best guess for the longest
+    sentence left.
+    """
+    found: list[list[int]] = []
+    guess: list[int] | None = None
+    rest, current = view, rows
+    count = view.round.num_examples
+    while len(found) < count and current.length and len(current.tokens):
+        search = _Search.of(rest, current, generator)
+        if search is None:
+            break
+        sentence, distance = search.any_length(monitor)
+        if distance >= search.known.limit:
+            guess = sentence
+            break
+        found.append(sentence)
+        if monitor.step(distance, stack_sentences(found), torch.zeros(0)) and len(found) < count:
+            break
+        if len(found) < count:
+            rest = _peel(rest, sentence, current, count)
+            current = _significant(read_rows(rest), rows)
+    sentences = [*found, *([] if guess is None else [guess])][:count]
+    if not sentences:
+        raise RuntimeError("no token passes the membership test of the first layer at some position")
+    return stack_sentences(sentences).to(view.victim.device), len(found)
+
+
+def _significant(rows: Rows | None, before: Rows) -> Rows:
+    """Rows that are more than the rounding which the peeled sentences left."""
+    if rows is None:
+        return replace(before, tokens=before.tokens[:0], word=before.word[:0], position=before.position[:0])
+    floor = 1e-5 * float(before.word.norm(dim=1).median())
+    kept = rows.word.norm(dim=1) > floor
+    used = (rows.position.norm(dim=1) > floor).nonzero()
+    last = int(used.max()) + 1 if len(used) else 0
+    return replace(rows, tokens=rows.tokens[kept], word=rows.word[kept], position=rows.position[:last])
+
+
+@dataclass(frozen=True)
+class _Search:
+    """The search for one more sentence in what is left of the update."""
+
+    climb: _Climb
+    known: Candidates
+    rows: Rows
+    generator: torch.Generator
+
+    @classmethod
+    def of(cls, view: View, rows: Rows, generator: torch.Generator) -> _Search | None:
+        """None where a layer's span excludes nothing."""
+        victim = view.victim
+        assert isinstance(victim, LanguageVictim)
+        first, second = (attention_span(victim, view.observed, layer, rows.noise) for layer in (0, 1))
+        if first is None or second is None or not first.tests or not second.tests:
+            return None
+        known = candidates(victim, rows, first, rows.length)
+        if not bool(known.prior.isfinite().any(dim=1).all()):
+            return None
+        return cls(_Climb(victim, known, second), known, rows, generator)
+
+    def any_length(self, monitor: Monitor) -> tuple[list[int], float]:
+        """The best sentence and its mean distance: of the greatest length, else of another likely one.
+
+        Every length gets a few kicks before one of them gets many.
+        """
+        lengths = self._lengths()
+        best: dict[int, tuple[Tensor, Tensor]] = {}
+        for kicks in (FEW_KICKS, KICKS):
+            for length in lengths:
+                best[length] = self._of_length(length, kicks, best.get(length))
+                if best[length][1].mean() < self.known.limit or monitor.late:
+                    chosen, here = best[length]
+                    return self.known.tokens[chosen].tolist(), float(here.mean())
+        chosen, here = best[lengths[0]]
+        return self.known.tokens[chosen].tolist(), float(here.mean())
+
+    def _lengths(self) -> list[int]:
+        """The greatest, then where the tokenizer ends every sentence alike the likeliest other places of that
+        token."""
+        tokenizer = self.climb.victim.space.tokenizer
+        end = None if tokenizer is None else tokenizer.sep_token_id
+        column = (self.known.tokens == end).nonzero().flatten() if end is not None else []
+        if len(column) == 0:
+            return [self.rows.length]
+        prior = self.known.prior[: self.rows.length - 1, column[0]]
+        others = [int(place) + 1 for place in prior.argsort(descending=True) if prior[place].isfinite()]
+        return [self.rows.length, *others[:MOST_LENGTHS]]
+
+    def _of_length(
+        self, length: int, kicks: int, before: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """The best sentence of a length (indices) and its distances, going on from an earlier one."""
+        prior = self.known.prior[:length]
+        if length == self.rows.length:  # the last position's row is that of this sentence alone
+            words = F.normalize(self.rows.word, dim=1)
+            prior = prior + words @ F.normalize(self.rows.position[-1], dim=0)
+        climb = replace(self.climb, known=replace(self.known, prior=prior))
+        chosen, here = before or climb(_suggest(prior, self.known.affinity, kinship=0.0), CHOICES)
+        for kick in range(kicks):
+            if here.mean() < self.known.limit:
+                break
+            if kick == 0 and before is None:
+                tried = _suggest(prior, self.known.affinity, kinship=2.0)
+            else:
+                tried = climb.kicked(chosen, here, self.generator)
+            tried, there = climb(tried, len(self.known.tokens) if kick % 4 == 1 else CHOICES)
+            if there.mean() < here.mean():
+                chosen, here = tried, there
+        return chosen, here
+
+
+def _suggest(prior: Tensor, affinity: Tensor, kinship: float) -> Tensor:
+    """A token for each position (indices): likely there, and alike in gradient to the others chosen."""
+    chosen = prior.argmax(dim=1)
+    for _ in range(SWEEPS if kinship else 0):
+        before = chosen.clone()
+        for place in range(len(chosen)):
+            others = torch.cat([chosen[:place], chosen[place + 1 :]])
+            kin = affinity[others].mean(dim=0) if len(others) else 0.0
+            chosen[place] = (prior[place] + kinship * kin).argmax()
+        if torch.equal(before, chosen):
+            break
+    return chosen
+
+
+@dataclass(frozen=True)
+class _Climb:
+    """Coordinate descent of one sentence on its distance from the second layer's span."""
+
+    victim: LanguageVictim
+    known: Candidates
+    span: Span
+
+    def distances(self, chosen: Tensor) -> Tensor:
+        """(n, L) for (n, L) indices of candidates."""
+        return self.span.distance(self.victim.attention_inputs(self.known.tokens[chosen], 1))
+
+    def __call__(self, chosen: Tensor, most: int) -> tuple[Tensor, Tensor]:
+        """The sentence at the foot of the slope and its distances, with `most` candidates a place."""
+        here = self.distances(chosen[None])[0]
+        for _ in range(SWEEPS):
+            before = float(here.mean())
+            for place in here.argsort(descending=True).tolist():
+                options = self._options(place, chosen[place], most)
+                if len(options) == 0:
+                    continue
+                tried = chosen.repeat(len(options), 1)
+                tried[:, place] = options
+                distances = self.distances(tried)
+                best = distances.mean(dim=1).argmin()
+                if distances[best].mean() < here.mean():
+                    chosen, here = tried[best], distances[best]
+                if here.mean() < self.known.limit:
+                    return chosen, here
+            if float(here.mean()) > 0.999 * before:
+                break
+        return chosen, here
+
+    def kicked(self, chosen: Tensor, here: Tensor, generator: torch.Generator) -> Tensor:
+        """The sentence with some of its worst places drawn anew."""
+        prior = self.known.prior.cpu()
+        chosen = chosen.clone()
+        for place in torch.multinomial(here.cpu(), max(1, len(here) // 6), generator=generator).tolist():
+            weights = (prior[place] / SPREAD).softmax(dim=0)
+            chosen[place] = torch.multinomial(weights, 1, generator=generator)[0]
+        return chosen
+
+    def _options(self, place: int, current: Tensor, most: int) -> Tensor:
+        prior = self.known.prior[place]
+        ranked = prior.argsort(descending=True)
+        return ranked[(ranked != current) & prior[ranked].isfinite()][:most]
+
+
+def _peel(view: View, sentence: list[int], rows: Rows, count: int) -> View:
+    """The view of the update without this sentence's share, its label the one that leaves least."""
+    victim = view.victim
+    assert isinstance(victim, LanguageVictim)
+    x = torch.tensor([sentence], device=victim.device)
+    single = replace(view, round=Round(1), knowledge=replace(view.knowledge))
+    if victim.task == "classification":
+        labels = [torch.tensor([label], device=victim.device) for label in range(min(victim.num_classes, 16))]
+    else:
+        labels = [complete_labels(single, x, rows)]
+    options = [_without(view.observed, single.simulate(x, y).detach(), victim, rows, count) for y in labels]
+    best, _ = min(options, key=lambda option: option[1])
+    return replace(view, observed=best)
+
+
+def _without(
+    observed: Update, share: Update, victim: LanguageVictim, rows: Rows, count: int
+) -> tuple[Update, float]:
+    """The update minus the sentence's share of it, and the length of what is left.
+
+    The share's weight shows where the sentence is the only one, at the last position; else it is one part
+    in `count`.
+    """
+    assert victim.position is not None
+    own = share[victim.position].double()[victim.first_position + rows.length - 1]
+    seen = rows.position[-1]
+    weight = float(own @ seen / (own @ own)) if bool(own.any()) else 0.0
+    alone = bool((seen - weight * own).norm() < 0.1 * seen.norm())
+    rest = observed - share * (weight if alone else 1 / count)
+    return rest, float(rest.norm())

@@ -1,0 +1,225 @@
+"""What the rows of the embeddings' gradients say: tokens, their places, and labels.
+
+Let e_p be the gradient of the loss for the input embedding of position p.  A lookup hands it on unchanged,
+so the word embedding's gradient has the row  sum of e_p over the places p that hold token t,  and the
+learnt position embedding's the row  sum of e_p over the batch's tokens at position i.  Rows of tokens that
+do not occur are zero (Melis et al. 2019).  Dropout and norms after the sum of embeddings change e_p, but
+the same e_p enters both.
+
+Where the word embedding also scores tokens (tied weights), the score side adds  sum over labelled places of
+(softmax - onehot) h_p  to every row: a matrix of rank m, the number of labelled places.  Rows of tokens
+that are not in the input lie in its m-dimensional row space; each input token adds a direction of its own.
+Scaled to length 1, such a row has a statistical leverage near 1, the others share theirs among thousands.
+Projecting the row space out leaves the input side (as long as m and the tokens together stay below the width).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from scipy.stats import chi2
+from torch import Tensor
+
+from leakaudit.models.language import LanguageVictim
+from leakaudit.threat import View
+
+LEVERAGE = 0.5
+RANK_FLOOR = 1e-8
+"""Eigenvalue of the Gram matrix of rows of length 1, below which a direction is rounding."""
+FALSE_ALARMS = 1e-3
+"""Rows of noise taken for tokens, expected over the whole vocabulary."""
+CLEAR = 6.0
+"""Standard deviations that a number must stand out from noise."""
+MAD = 0.6745
+"""Median of |z| for a standard normal z."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Evidence about the input.
+
+    Attributes:
+        tokens: (n,) int64, the tokens of the input, or the likeliest candidates.
+        certain: whether `tokens` are exactly those that occur.
+        word: (n, H) float64, the input side of their rows, without what `outputs` spans.
+        position: (P, H) float64 rows of the position embedding from the first token on, up to the last
+            that is not zero; (0, H) for a model without learnt positions, or when they were not shared.
+        outputs: (m, H) orthonormal rows that span the score side; (0, H) where there is none or it could
+            not be told from the input side.
+        noise: standard deviation of noise on each number, estimated or known; 0 without.
+        reason: why `tokens` are not certain; empty when they are.
+    """
+
+    tokens: Tensor
+    certain: bool
+    word: Tensor
+    position: Tensor
+    outputs: Tensor
+    noise: float
+    reason: str = ""
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest sentence, as the positions tell; 0 when they do not."""
+        return len(self.position)
+
+
+def text_victim(view: View) -> LanguageVictim | None:
+    """The view's victim when it takes text."""
+    return view.victim if isinstance(view.victim, LanguageVictim) else None
+
+
+def read_rows(view: View) -> Rows | None:
+    """None when the word embedding's gradient was not shared, or is zero."""
+    victim = text_victim(view)
+    if victim is None or victim.word not in view.observed:
+        return None
+    word = view.observed[victim.word].double()
+    if not bool(word.any()):
+        return None
+    noise = noise_level(view)
+    position = position_rows(view, noise)
+    if victim.tied:
+        return _tied_rows(word, position, noise, view)
+    lengths = word.square().sum(dim=1)
+    found = lengths > _row_threshold(len(word), word.shape[1], noise)
+    tokens = found.nonzero().flatten()
+    reason = "" if 0 < len(tokens) < len(word) // 2 else "most rows of the word embedding are filled"
+    if noise:
+        reason = f"noise of about {noise:.1g} per number covers tokens with a small gradient"
+    elif _thinned(word[tokens]):
+        reason = "the rows were pruned, and some tokens with them"
+    return Rows(tokens, not reason, word[tokens], position, word[:0], noise, reason)
+
+
+def noise_level(view: View) -> float:
+    """Standard deviation of noise per number: as known, else the size of rows that should be zero."""
+    if view.knowledge.noise_std.value:
+        return float(view.knowledge.noise_std.value)
+    victim = text_victim(view)
+    assert victim is not None
+    name = victim.position if victim.position in view.observed else None if victim.tied else victim.word
+    if name is None or name not in view.observed:
+        return 0.0
+    rows = view.observed[name].double()
+    unused = rows[len(rows) // 2 :] if name == victim.position else rows
+    return float(unused.abs().median()) / MAD
+
+
+def position_rows(view: View, noise: float) -> Tensor:
+    """(P, H) rows of the positions in use; (0, H) without a learnt position embedding."""
+    victim = text_victim(view)
+    assert victim is not None
+    if victim.position is None or victim.position not in view.observed:
+        return view.observed[victim.word].new_zeros((0, victim.hidden), dtype=torch.float64)
+    rows = view.observed[victim.position].double()[victim.first_position :]
+    used = rows.square().sum(dim=1) > _row_threshold(len(rows), rows.shape[1], noise)
+    last = int(used.nonzero().max()) + 1 if bool(used.any()) else 0
+    return rows[:last]
+
+
+def _row_threshold(rows: int, width: int, noise: float) -> float:
+    """Squared length that one of so many rows of noise hardly exceeds; 0 without noise."""
+    return noise**2 * float(chi2.isf(FALSE_ALARMS / rows, width)) if noise else 0.0
+
+
+def _thinned(rows: Tensor) -> bool:
+    """Zeros scattered over rows that are not zero."""
+    return bool((rows == 0).double().mean() > 0.01) if len(rows) else False
+
+
+def _tied_rows(word: Tensor, position: Tensor, noise: float, view: View) -> Rows:
+    width = word.shape[1]
+    nothing = word[:0]
+    if noise or _thinned(word):
+        reason = "noise or pruning hides which rows of the tied embedding belong to the input"
+        return _likeliest(word, position, noise, reason, view, _label_directions(word, noise, view))
+    lengths = word.norm(dim=1)
+    alive = lengths > 0
+    unit = word / lengths.where(alive, 1.0)[:, None]
+    directions, sizes = _principal(unit)
+    if len(sizes) >= width:
+        reason = "tokens and labelled places together fill the width of the tied embedding"
+        return _likeliest(word, position, noise, reason, view)
+    leverage = (unit @ directions).square() @ (1 / sizes)
+    own = leverage > LEVERAGE
+    outputs = _principal(unit[~own])[0].T if bool((~own & alive).any()) else nothing
+    tokens = own.nonzero().flatten()
+    return Rows(
+        tokens,
+        certain=len(tokens) > 0,
+        word=_without(word[tokens], outputs),
+        position=position,
+        outputs=outputs,
+        noise=0.0,
+    )
+
+
+def _label_directions(word: Tensor, noise: float, view: View) -> Tensor:
+    """The score side's row space as the rows of the labels show it, (m, H) orthonormal; they stand out in the
+    bias's gradient, where there is one, with -1 over the number of labelled places each."""
+    victim = text_victim(view)
+    assert victim is not None
+    output = victim.output
+    if output is None or output[1] is None or output[1] not in view.observed:
+        return word[:0]
+    bias = view.observed[output[1]].double()
+    labels = bias < -max(CLEAR * noise, 0.3 * float(-bias.min()))
+    if not 0 < int(labels.sum()) < word.shape[1]:
+        return word[:0]
+    return torch.linalg.svd(word[labels], full_matrices=False)[2]
+
+
+def _likeliest(
+    word: Tensor, position: Tensor, noise: float, reason: str, view: View, outputs: Tensor | None = None
+) -> Rows:
+    """Tokens in the order of their evidence: the overlap with a position row, else the length of the row."""
+    outputs = word[:0] if outputs is None else outputs
+    word = _without(word, outputs)
+    room = min(len(word), 8 * max(view.round.num_examples * len(position), 64))
+    evidence = (word @ position.T).amax(dim=1) if len(position) else word.norm(dim=1)
+    tokens = evidence.topk(room).indices
+    return Rows(tokens, False, word[tokens], position, outputs, noise, reason)
+
+
+def _principal(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Directions (H, k) and eigenvalues (k,) of the Gram matrix above rounding."""
+    sizes, directions = torch.linalg.eigh(rows.T @ rows)
+    kept = sizes > RANK_FLOOR
+    return directions[:, kept], sizes[kept]
+
+
+def _without(rows: Tensor, basis: Tensor) -> Tensor:
+    """The part of each row that is orthogonal to the basis."""
+    return rows - (rows @ basis.T) @ basis
+
+
+def place(rows: Rows) -> Tensor:
+    """For one sentence: the token of each position, (P,) int64, by matching position rows to word rows.
+
+    The token rows are sums of the position rows at their places, so the places minimise
+    sum over t of |word_t - sum of position_i at t|^2: downhill, one place at a time, from the nearest
+    directions, the nearest rows, and the largest inner products (the likelihood ratio under noise).
+    """
+    position = _without(rows.position, rows.outputs)
+    overlap = position @ rows.word.T
+    lengths = rows.word.norm(dim=1)
+    starts = (overlap / lengths, overlap - lengths.square() / 2, overlap)
+    descents = [_descend(start.argmax(dim=1), position, rows.word) for start in starts]
+    chosen, _ = min(descents, key=lambda descent: descent[1])
+    return rows.tokens[chosen]
+
+
+def _descend(chosen: Tensor, position: Tensor, word: Tensor) -> tuple[Tensor, float]:
+    """Each place to the token whose row it explains best, until none moves; and what is left unexplained."""
+    left = word.clone().index_add_(0, chosen, -position)
+    for _ in range(2 * len(chosen)):
+        before = chosen.clone()
+        for i, row in enumerate(position):
+            left[chosen[i]] += row
+            chosen[i] = (left @ row).argmax()
+            left[chosen[i]] -= row
+        if torch.equal(before, chosen):
+            break
+    return chosen, float(left.square().sum())

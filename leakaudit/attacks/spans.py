@@ -1,0 +1,145 @@
+"""Membership tests: is this vector among those an attention layer saw?  (DAGER, Petrov et al. 2024.)
+
+The gradient of a linear layer's weight is a sum of outer products delta_p x_p^T over the places p of the
+batch, so its rows span the inputs x_p, as long as these are fewer than the layer is wide.  A vector is a
+candidate when its distance from that span is rounding error.  Query, key and value share their input and
+are stacked.  With LoRA (Hu et al. 2022) the trained factors tell less: the gradient of B spans A x_p in r
+dimensions, that of A spans at most r of the x_p for each adapted projection.
+
+Where an absolute position is added to the word, x(i, t) is a scaled w_t + p_i, and candidates close cycles:
+with (i, s), (j, s) and (j, t) true, (i, t) passes too.  First-layer tests of such models narrow tokens down;
+the second layer, which sees whole sentences, decides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from leakaudit.attacks.head import storage_precision
+from leakaudit.models.language import LanguageVictim
+from leakaudit.models.lora import LoraLinear
+from leakaudit.update import Update
+
+ROUNDING = 16.0
+"""Rounding error of a gradient's numbers, in units of their precision times their root mean square."""
+FLAT = 0.2
+"""Smallest singular value over the median one, above which the lower half is noise."""
+CHUNK = 1 << 25
+"""Numbers of the largest intermediate result of a scan."""
+
+
+@dataclass(frozen=True)
+class Test:
+    """One span: `basis` (r, k) orthonormal, in the coordinates `mapping` (k, H) takes inputs to; None: as they are."""
+
+    basis: Tensor
+    mapping: Tensor | None = None
+
+    @property
+    def width(self) -> int:
+        return self.basis.shape[1]
+
+    def distance(self, inputs: Tensor) -> Tensor:
+        """(...,) relative distance of (..., H) inputs, in [0, 1]."""
+        basis = self.basis.to(inputs.dtype)
+        points = inputs if self.mapping is None else inputs @ self.mapping.to(inputs.dtype).T
+        away = points - (points @ basis.T) @ basis
+        return away.norm(dim=-1) / points.norm(dim=-1).clamp(min=torch.finfo(points.dtype).tiny)
+
+
+@dataclass(frozen=True)
+class Span:
+    """All tests of one attention layer.
+
+    Attributes:
+        tests: those that exclude something: spans that do not fill their space.
+        rank: dimensions of the largest span, a lower bound on the distinct inputs.
+        width: dimensions they could fill at most.
+        tolerance: distance that rounding and noise may cause for a true input.
+        whole: whether the span holds all inputs; for the A factors of LoRA that cannot be known.
+    """
+
+    tests: tuple[Test, ...]
+    rank: int
+    width: int
+    tolerance: float
+
+    def distance(self, inputs: Tensor) -> Tensor:
+        """(...,) the largest distance over the tests, for (..., H) inputs."""
+        return torch.stack([test.distance(inputs) for test in self.tests]).amax(dim=0)
+
+
+def attention_span(victim: LanguageVictim, update: Update, layer: int, noise: float = 0.0) -> Span | None:
+    """The span of what enters block `layer`; None where nothing of it was shared."""
+    kinds = list(_matrices(victim, update, layer))
+    if not kinds:
+        return None
+    tests, rank, width, tolerance = [], 0, 0, 0.0
+    for matrix, mapping in kinds:
+        basis, loose = _row_space(matrix, noise)
+        rank, width = max(rank, len(basis)), max(width, matrix.shape[1])
+        if 0 < len(basis) < matrix.shape[1]:
+            tests.append(Test(basis, mapping))
+            tolerance = max(tolerance, loose)
+    return Span(tuple(tests), rank, width, tolerance)
+
+
+def _matrices(victim: LanguageVictim, update: Update, layer: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """(gradient with inputs along its rows, map from inputs to its columns) for every test of a layer."""
+    whole, factors = [], []
+    for name, module in victim.projections(layer):
+        if isinstance(module, LoraLinear):
+            down = f"{name}.lora_A.weight"
+            up = f"{name}.lora_B.weight"
+            if up in update and bool(update[up].any()):
+                yield update[up].double(), {**victim.params, **victim.frozen}[down].double()
+            if down in update and bool(update[down].any()):
+                factors.append(update[down].double())
+        elif f"{name}.weight" in update:
+            gradient = update[f"{name}.weight"].double()
+            whole.append(gradient.T if isinstance(module, Conv1D) else gradient)
+    for stack in (whole, factors):
+        if stack and bool(torch.cat(stack).any()):
+            yield torch.cat(stack), None
+
+
+def _row_space(matrix: Tensor, noise: float) -> tuple[Tensor, float]:
+    """Orthonormal rows above the noise, and the distance that the noise may add to a true row.
+
+    Noise of standard deviation s per number has singular values up to s (sqrt m + sqrt n), the edge of
+    Marchenko and Pastur 1967; rounding is taken as such noise.  Where every singular value lies above that
+    and the lower half is flat, as noise or quantisation of unknown size makes it, the threshold follows the
+    median (Gavish and Donoho 2014, equation 5).
+    """
+    size = float(matrix.square().mean().sqrt())
+    spread = math.hypot(noise, ROUNDING * storage_precision(matrix.float()) * size)
+    edge = spread * (math.sqrt(matrix.shape[0]) + math.sqrt(matrix.shape[1]))
+    _, sizes, rows = torch.linalg.svd(matrix, full_matrices=False)
+    median = float(sizes.median())
+    if float(sizes[-1]) > max(edge, FLAT * median):
+        ratio = min(matrix.shape) / max(matrix.shape)
+        edge = median * (0.56 * ratio**3 - 0.95 * ratio**2 + 1.82 * ratio + 1.43)
+    rank = int((sizes > edge).sum())
+    weakest = float(sizes[rank - 1]) if rank else math.inf
+    return rows[:rank], min(0.5, edge / weakest)
+
+
+def scan(victim: LanguageVictim, span: Span, tokens: Tensor, positions: int) -> Tensor:
+    """Distance of every (position, token) pair from the first layer's span, (positions, n).
+
+    Without absolute positions one row serves all.
+    """
+    count = positions if victim.position is not None else 1
+    grid = max(1, CHUNK // (count * victim.hidden))
+    parts = []
+    for start in range(0, len(tokens), grid):
+        chunk = tokens[start : start + grid]
+        inputs = victim.attention_inputs(chunk[:, None].expand(-1, count).contiguous(), 0)
+        parts.append(span.distance(inputs).T)
+    return torch.cat(parts, dim=1).expand(positions, -1)

@@ -1,0 +1,159 @@
+"""Labels of recovered sentences, from the layer that makes the scores.
+
+Its weight's gradient is the sum over scored items of  (softmax - onehot(label)) f^T  over the divisor of the
+mean, where f is what enters the layer.  With the sentences known the f are known; where they are linearly
+independent a least-squares fit gives each item's class vector, and its label is the most negative entry.
+For masked language models the labelled places are those whose f lies in the row space of the gradient.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from leakaudit.attacks.rows import Rows
+from leakaudit.models.language import IGNORED, LanguageVictim
+from leakaudit.models.spaces import NO_TOKEN
+from leakaudit.threat import View
+
+NEAR = 1e-3
+"""Distance from the row space up to which a place counts as labelled."""
+MOST_TRIALS = 64
+ROUNDS = 6
+WRONG = 0.5
+"""Share of a label's weight in the difference of updates, above which another label is the right one."""
+
+
+def complete_labels(view: View, x: Tensor, rows: Rows | None) -> Tensor:
+    """y for sentences x (N, L), as `LanguageVictim` takes it: the likeliest labels given the update."""
+    victim = view.victim
+    assert isinstance(victim, LanguageVictim)
+    if victim.task == "causal-lm":
+        return x.where(x != NO_TOKEN, IGNORED)
+    if victim.task == "mlm":
+        return _masked_labels(view, victim, x, rows)
+    given = view.knowledge.labels
+    count = len(x)
+    if given.status == "known" and len(set(given.value.tolist())) == 1:
+        return given.value[:1].expand(count).clone()
+    features = victim.head_inputs(x)
+    head = victim.classifier()
+    if features is None or head is None or head.weight not in view.observed:
+        return _by_trial(view, victim, x)
+    scores = _coefficients(view.observed[head.weight].double(), features.double())
+    return _assign(scores, given.value if given.status == "known" else None)
+
+
+def refine(view: View, x: Tensor, y: Tensor, places: Tensor) -> Tensor:
+    """Labels y (N, L) with those at `places` (n, 2) corrected, for mlm and causal-lm.
+
+    A wrong label at a place leaves (onehot(label) - onehot(right label)) f^T over the divisor in the
+    difference of observed and simulated score rows; labels change until none of that is left.  In
+    causal-lm `places` are those of the labels, one after the place that is scored.
+    """
+    victim = view.victim
+    assert isinstance(victim, LanguageVictim)
+    output, features = victim.output, victim.head_inputs(x)
+    if output is None or features is None or output[0] not in view.observed:
+        return y
+    shift = int(victim.task == "causal-lm")
+    inputs = features.double()[places[:, 0], places[:, 1] - shift]
+    scored = int((y[:, shift:] != IGNORED).sum())
+    for _ in range(ROUNDS):
+        simulated = view.simulate(x, y).detach()[output[0]]
+        scores = _coefficients((view.observed[output[0]] - simulated).double(), inputs) * scored
+        wrong = scores.amin(dim=1) < -WRONG
+        if not bool(wrong.any()):
+            break
+        rows, columns = places[wrong].T
+        y = y.clone()
+        y[rows, columns] = scores[wrong].argmin(dim=1)
+        if victim.task == "causal-lm":
+            x = x.clone()
+            x[rows, columns] = y[rows, columns]
+    return y
+
+
+def _coefficients(gradient: Tensor, features: Tensor) -> Tensor:
+    """(items, K) class vectors C with  C^T features = gradient, in least squares."""
+    return torch.linalg.lstsq(features.T, gradient.T).solution
+
+
+def _assign(scores: Tensor, given: Tensor | None) -> Tensor:
+    """The most negative class of each item; of the given labels, each once, where they are known."""
+    if given is None:
+        return scores.argmin(dim=1)
+    _, columns = linear_sum_assignment(scores[:, given].cpu().numpy())
+    return given[torch.as_tensor(columns)]
+
+
+def _by_trial(view: View, victim: LanguageVictim, x: Tensor) -> Tensor:
+    """Labels by residual, where the head cannot be read: all of them if few, else one sentence at a time."""
+    classes, count = victim.num_classes, len(x)
+    device = x.device
+    if classes**count <= MOST_TRIALS:
+        trials = torch.tensor(list(itertools.product(range(classes), repeat=count)), device=device)
+        return min(trials, key=lambda y: view.residual(x, y))
+    y = torch.zeros(count, dtype=torch.int64, device=device)
+    for i in range(count if classes * count <= MOST_TRIALS else 0):
+        options = y.repeat(classes, 1)
+        options[:, i] = torch.arange(classes, device=device)
+        y = min(options, key=lambda option: view.residual(x, option))
+    return y
+
+
+def _masked_labels(view: View, victim: LanguageVictim, x: Tensor, rows: Rows | None) -> Tensor:
+    y = torch.full_like(x, IGNORED)
+    outputs = victim.output
+    features = victim.head_inputs(x)
+    if outputs is None or features is None or outputs[0] not in view.observed:
+        return y
+    there = (x != NO_TOKEN).nonzero()
+    inside = features.double()[there[:, 0], there[:, 1]]
+    gradient = view.observed[outputs[0]].double()
+    basis = rows.outputs if rows is not None and victim.tied else _row_basis(gradient)
+    if len(basis) == 0:
+        return y
+    unit = inside / inside.norm(dim=1, keepdim=True)
+    away = (unit - (unit @ basis.T) @ basis).norm(dim=1)
+    labelled = away.argsort()[: len(basis)]
+    labelled = labelled[away[labelled] < max(NEAR, 10 * float(away.min()))].sort().values
+    if len(labelled) == 0:
+        return y
+    if victim.tied and rows is not None:
+        gradient = _score_side(gradient, x, rows)
+    scores = _coefficients(gradient, inside[labelled])
+    tokens = _label_multiset(view, victim, len(labelled))
+    chosen = _assign(scores, tokens)
+    for place, token in zip(there[labelled].tolist(), chosen.tolist(), strict=True):
+        y[place[0], place[1]] = token
+    return refine(view, x, y, there[labelled])
+
+
+def _score_side(gradient: Tensor, x: Tensor, rows: Rows) -> Tensor:
+    """The tied word rows without the input side: exact for one sentence, where position rows tell it."""
+    cleaned = gradient.clone()
+    for token in set(x[x != NO_TOKEN].tolist()):
+        if len(x) == 1 and len(rows.position) >= x.shape[1]:
+            cleaned[token] -= rows.position[: x.shape[1]][x[0] == token].sum(dim=0)
+        else:
+            cleaned[token] = (gradient[token] @ rows.outputs.T) @ rows.outputs
+    return cleaned
+
+
+def _label_multiset(view: View, victim: LanguageVictim, places: int) -> Tensor | None:
+    """The labels of all places together, from the bias's gradient: sum of softmax minus counts, over places."""
+    outputs = victim.output
+    if outputs is None or outputs[1] is None or outputs[1] not in view.observed:
+        return None
+    counts = (-places * view.observed[outputs[1]].double()).round().clamp(min=0).long()
+    tokens = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+    return tokens if len(tokens) == places else None
+
+
+def _row_basis(gradient: Tensor) -> Tensor:
+    sizes, directions = torch.linalg.eigh(gradient.T @ gradient)
+    return directions[:, sizes > 1e-10 * sizes[-1]].T
