@@ -42,9 +42,9 @@ from leakaudit.report.folder import read_run
 from leakaudit.results import AuditResult, Finding
 from leakaudit.rounds import Round, client_update
 from leakaudit.subject import Sources, open_update
-from leakaudit.text_data import PrivateText, load_truth
+from leakaudit.text_data import load_truth
 from leakaudit.text_inspection import inspect_text
-from leakaudit.threat import View, known
+from leakaudit.threat import known
 from leakaudit.update import Update
 
 SENTENCE = TEXTS[0]
@@ -550,7 +550,7 @@ def test_a_bad_attack_is_one_line_and_code_2(
 def test_gradients_of_another_architecture(tmp_path: Path) -> None:
     view, _ = text_view(text_victim("bert", "mlm"))
     save_file(dict(view.observed), tmp_path / "shared.safetensors")
-    with pytest.raises(InputError, match="no parameter of model hf:.* has that shape"):
+    with pytest.raises(InputError, match=r"no parameter of model hf:.* has that shape"):
         leakaudit.attack(tmp_path / "shared.safetensors", GPT2, task="causal-lm")
 
 
