@@ -9,14 +9,24 @@ import time
 import pytest
 import torch
 from tiny_audits import CLASSES, SHAPE, private_batch, victim_of, view_of
+from tiny_text import text_victim, text_view
 from torch import Tensor, nn
 
 from leakaudit.attacks.base import Attack, Monitor, Reconstruction
-from leakaudit.attacks.registry import ATTACKS, AUTO, DESCRIPTIONS, EXACT
+from leakaudit.attacks.registry import (
+    ATTACKS,
+    AUTO,
+    DESCRIPTIONS,
+    EXACT,
+    IMAGE_ATTACKS,
+    TEXT_ATTACKS,
+    TEXT_AUTO,
+    medium_of_attack,
+)
 from leakaudit.defenses import DEFENSES, Defense, apply
 from leakaudit.formats.manifest import Normalisation
 from leakaudit.metrics import METRICS, Metric, Unmeasurable, score_batch
-from leakaudit.models.spaces import Pixels
+from leakaudit.models.spaces import NO_TOKEN, Pixels
 from leakaudit.models.victim import Victim
 from leakaudit.models.zoo import MODELS, load_victim, model_info
 from leakaudit.randomness import fork
@@ -25,10 +35,13 @@ from leakaudit.spec import format_spec, parse
 from leakaudit.threat import Fact, View, known
 
 attacks = pytest.mark.parametrize("name", ATTACKS)
+image_attacks = pytest.mark.parametrize("name", IMAGE_ATTACKS)
+text_attacks = pytest.mark.parametrize("name", TEXT_ATTACKS)
 defenses = pytest.mark.parametrize("name", DEFENSES)
 models = pytest.mark.parametrize("name", MODELS)
 metrics = pytest.mark.parametrize("name", METRICS)
 
+PLAIN = (bool, int, float, str, list, dict, type(None))
 SHORT = {"iterations": 12, "tuning": 4, "warm_start": 10, "samples": 200, "restarts": 1}
 
 
@@ -61,6 +74,10 @@ def transformer() -> Victim:
 
 def suitable(name: str) -> View:
     """A small view to which the attack applies."""
+    if medium_of_attack(name) == "text":
+        view = text_view(text_victim())[0]
+        assert ATTACKS[name].applies(view) is None
+        return view
     view = view_of({"patch-embedding": transformer}.get(name, lambda: victim_of("mlp"))())
     assert ATTACKS[name].applies(view) is None
     return view
@@ -68,7 +85,9 @@ def suitable(name: str) -> View:
 
 def test_the_tables_agree() -> None:
     assert set(DESCRIPTIONS) == set(ATTACKS)
-    assert set(AUTO) <= set(ATTACKS)
+    assert set(AUTO) <= set(IMAGE_ATTACKS)
+    assert set(TEXT_AUTO) <= set(TEXT_ATTACKS)
+    assert not set(IMAGE_ATTACKS) & set(TEXT_ATTACKS)
     assert set(EXACT) <= set(ATTACKS)
 
 
@@ -105,7 +124,7 @@ def run(name: str, view: View, monitor: Monitor | None = None, seed: int = 0) ->
     return shortened(ATTACKS[name]).run(view, fork(seed, name), monitor or Monitor())
 
 
-@attacks
+@image_attacks
 @pytest.mark.parametrize("labels", ["known", "inferred"])
 def test_a_run_obeys_its_contract(name: str, labels: str) -> None:
     view = suitable(name)
@@ -134,8 +153,26 @@ def test_a_run_obeys_its_contract(name: str, labels: str) -> None:
     residual = view.residual(found.x, found.y)
     assert math.isfinite(residual)
     assert residual < 1.5
-    plain = (bool, int, float, str, list, dict, type(None))
-    assert all(isinstance(value, plain) for value in found.details.values()), found.details
+    assert all(isinstance(value, PLAIN) for value in found.details.values()), found.details
+
+
+@text_attacks
+@pytest.mark.parametrize("labels", ["known", "inferred"])
+def test_a_run_on_text_obeys_its_contract(name: str, labels: str) -> None:
+    view, batch = text_view(text_victim())
+    if labels == "known":
+        knowledge = dataclasses.replace(view.knowledge, labels=known(batch.labels, "t"))
+        view = dataclasses.replace(view, knowledge=knowledge)
+    found = run(name, view)
+    assert found.x.dtype == torch.int64
+    assert found.x.shape[0] == 1
+    assert bool(((found.x >= NO_TOKEN) & (found.x < view.victim.space.vocabulary)).all())
+    assert torch.equal(found.y.cpu(), batch.labels)
+    assert math.isfinite(found.loss)
+    assert 1 <= len(found.strip) <= 40
+    assert [iteration for iteration, _, _ in found.strip] == sorted(i for i, _, _ in found.strip)
+    assert math.isfinite(view.residual(found.x, found.y))
+    assert all(isinstance(value, PLAIN) for value in found.details.values()), found.details
 
 
 @attacks

@@ -619,11 +619,11 @@ def test_no_view_holds_a_tensor_of_the_truth(run: Runner, tmp_path: Path) -> Non
     assert "piano" not in text
 
 
-def test_a_wrong_reconstruction_is_no_proof() -> None:
+def test_a_wrong_reconstruction_is_no_proof(tmp_path: Path) -> None:
     """The test's own attack, three tokens wrong: scored, not verified."""
     view, batch = text_view(text_victim())
     view = replace(view, knowledge=replace(view.knowledge, labels=known(batch.labels, "test")))
     registry.TEXT_ATTACKS["test-rows"] = registry.ATTACKS["test-rows"] = PositionRows(wrong=3)
-    outcomes, _ = run_attacks(view, Plan(attacks=("test-rows",)), Path("unused") / "never-written")
+    outcomes, _ = run_attacks(view, Plan(attacks=("test-rows",)), tmp_path)
     assert outcomes[0].verification is not None
     assert outcomes[0].verification.status == "not-matched"
