@@ -108,6 +108,11 @@ class Monitor:
         self._whole = (self.iteration, total)
         self._frame_steps = self._spaced(total)
 
+    @property
+    def late(self) -> bool:
+        """Whether the deadline has passed; for loops between two steps."""
+        return self._deadline is not None and time.monotonic() > self._deadline
+
     def forget_best(self) -> None:
         """Let the next candidate be the best: the loss is about to change its meaning."""
         self.best_loss = math.inf
@@ -148,7 +153,7 @@ class Monitor:
             self.stopped = "converged"
         elif self._patience is not None and self.iteration - self._last_gain > self._patience:
             self.stopped = "plateau"
-        elif self._deadline is not None and time.monotonic() > self._deadline:
+        elif self.late:
             self.stopped = "budget"
         else:
             return False
