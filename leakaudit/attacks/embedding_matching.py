@@ -27,6 +27,7 @@ from leakaudit.attacks.sentences import (
     Seen,
     Sentences,
     by_position_rows,
+    check_lengths,
     explained,
     labelled,
     laid_out,
@@ -145,6 +146,7 @@ class TextDeepLeakage:
     restarts: int = 2
 
     def __post_init__(self) -> None:
+        check_lengths(self.lengths)
         require_positive(self, "iterations", "learning_rate", "patience", "restarts")
 
     def applies(self, view: View) -> str | None:
@@ -176,6 +178,7 @@ class TextDeepLeakage:
             if monitor.stopped in ("budget", "converged", "diverged"):
                 break
             if seen.proven(candidate.x, candidate.y):
+                seen.keep(monitor)
                 break
             if put_in_place(candidate, objective) is None and monitor.stopped == "plateau":
                 break
@@ -189,7 +192,6 @@ class TextGradientAttack:
     Attributes:
         lengths: tokens of each sentence with + between; None for what the position rows show.
         weight, slope: of the L1 term, see `TagDistance`.
-        clip: largest norm of the candidate's gradient; the L1 term's does not vanish near the optimum.
     """
 
     lengths: str | None = None
@@ -201,6 +203,7 @@ class TextGradientAttack:
     restarts: int = 1
 
     def __post_init__(self) -> None:
+        check_lengths(self.lengths)
         require_positive(self, "iterations", "learning_rate", "restarts")
 
     def applies(self, view: View) -> str | None:
@@ -250,6 +253,7 @@ class LanguageModelPrior:
     restarts: int = 1
 
     def __post_init__(self) -> None:
+        check_lengths(self.lengths)
         require_positive(self, "iterations", "learning_rate", "every", "restarts")
 
     def applies(self, view: View) -> str | None:
@@ -265,19 +269,19 @@ class LanguageModelPrior:
             explained(view), sentences, seen.labelling, LAMP_DISTANCES[self.distance], self.norm
         )
         prior = self._prior()
-        candidate = self._start(objective, generator)
+        candidate = self._start(objective, generator, monitor)
         optimizer = torch.optim.Adam(candidate.variables, lr=self.learning_rate)
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 50, self.decay)
 
         def rearrange(step: int) -> None:
             if step >= self.iterations // 10 and step % self.every == 1:
-                self._rearrange(candidate, objective, prior, generator)
+                self._rearrange(candidate, objective, prior, generator, monitor)
 
         monitor.expect(self.iterations + 1 + self.polish)
         descend(candidate, objective, seen, monitor, optimizer, scheduler, self.iterations, rearrange)
         return finish(seen, candidate, monitor, self.polish)
 
-    def _start(self, objective: EmbeddingMatching, generator: torch.Generator) -> Candidate:
+    def _start(self, objective: EmbeddingMatching, generator: torch.Generator, monitor: Monitor) -> Candidate:
         """The best of random starts, then of its rearrangements, with embeddings of typical norm."""
         best, least = None, float("inf")
         for _ in range(max(1, self.starts)):
@@ -287,9 +291,11 @@ class LanguageModelPrior:
             loss = value(objective, candidate)
             if best is None or loss < least:
                 best, least = candidate, loss
+            if monitor.late:
+                break
         assert best is not None
         if self.starts > 1:
-            self._rearrange(best, objective, None, generator)
+            self._rearrange(best, objective, None, generator, monitor)
         return best
 
     def _rearrange(
@@ -298,6 +304,7 @@ class LanguageModelPrior:
         objective: EmbeddingMatching,
         prior: LanguageVictim | None,
         generator: torch.Generator,
+        monitor: Monitor,
     ) -> None:
         """For every sentence the best of `proposals` rearrangements and of none, in place."""
         owner = objective.sentences.free.nonzero()[:, 0]
@@ -314,6 +321,8 @@ class LanguageModelPrior:
                 score = self._score(candidate, objective, prior)
                 if score < least:
                     best, least = trial, score
+                if monitor.late:
+                    break
             candidate.x.data.copy_(best)
 
     def _score(
@@ -363,9 +372,7 @@ def descend(
         if monitor.step(float(loss.detach()), *seen.show(candidate.x, candidate.y)) or step == iterations:
             return
         if step % CHECK == CHECK - 1 and seen.proven(candidate.x, candidate.y):
-            monitor.forget_best()
-            monitor.step(float(loss.detach()), *seen.show(candidate.x, candidate.y))
-            monitor.stopped = "converged"
+            seen.keep(monitor)
             return
         candidate.differentiate(loss)
         optimizer.step()

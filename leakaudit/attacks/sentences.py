@@ -144,6 +144,12 @@ class Sentences:
         return self.victim.attention_inputs(pool[:, None].expand(-1, length), 0)
 
 
+def check_lengths(lengths: str | None) -> None:
+    """`ValueError` unless these are numbers with + between."""
+    if lengths is not None and not all(part.isdecimal() for part in lengths.split("+")):
+        raise ValueError(f"lengths={lengths!r} are not numbers with + between, such as 12 or 12+9")
+
+
 def lay_out(view: View, lengths: str | None) -> Sentences | str:
     """Where the tokens stand, from `lengths` or the observed position rows; or why that is not known.
 
@@ -442,6 +448,7 @@ class Seen:
     sentences: Sentences
     labelling: Labelling
     tokens: Tensor | None = None
+    labels: Tensor | None = None
     residual: float = math.inf
 
     def show(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -453,8 +460,15 @@ class Seen:
         """Whether the tokens of a candidate give the update to rounding; measured when they are new."""
         tokens, labels = self.show(x, y)
         if self.tokens is None or not torch.equal(tokens, self.tokens):
-            self.tokens, self.residual = tokens, self.view.residual(tokens, labels)
+            self.tokens, self.labels = tokens, labels
+            self.residual = self.view.residual(tokens, labels)
         return self.residual < MATCHED
+
+    def keep(self, monitor: Monitor) -> None:
+        """Make the proven tokens the monitor's best."""
+        assert self.tokens is not None
+        monitor.best_x, monitor.best_y = self.tokens, self.labels
+        monitor.stopped = "converged"
 
 
 def polish(

@@ -39,6 +39,7 @@ from leakaudit.attacks.optimise import Candidate, lbfgs
 from leakaudit.attacks.sentences import (
     Seen,
     Sentences,
+    check_lengths,
     labelled,
     laid_out,
     language,
@@ -268,6 +269,7 @@ class Tiger:
     restarts: int = 2
 
     def __post_init__(self) -> None:
+        check_lengths(self.lengths)
         require_positive(self, "layers", "iterations", "near", "patience", "restarts")
 
     def applies(self, view: View) -> str | None:
@@ -305,7 +307,7 @@ class Tiger:
         near = self._likely(objective, candidate.x.detach())
         tried = [monitor.best_x] if monitor.best_x is not None else []
         if monitor.stopped != "budget" and any(span.whole for span in spans):
-            tried.append(self._search(objective, sentences.nearest(candidate.x), near))
+            tried.append(self._search(objective, sentences.nearest(candidate.x), near, monitor))
         if rows is not None:
             tried.append(rows)
         self._keep_best(seen, labels.y.detach(), tried, monitor)
@@ -322,7 +324,7 @@ class Tiger:
         any embedding: a descent often finds a token at its neighbour's place."""
         sentences, span = objective.sentences, objective.spans[0]
         if span.layer > 0 or not span.whole:
-            return sentences.similarity(x).topk(self.near, dim=1).indices
+            return sentences.similarity(x).topk(min(self.near, len(sentences.rows)), dim=1).indices
         pool = torch.unique(sentences.similarity(x).topk(max(1, self.near // 2), dim=1).indices)
         inputs = sentences.made_inputs(pool, sentences.there.shape[1])
         places = sentences.free.nonzero()[:, 1]
@@ -331,7 +333,7 @@ class Tiger:
         )
         return pool[order]
 
-    def _search(self, objective: SpanDistance, tokens: Tensor, near: Tensor) -> Tensor:
+    def _search(self, objective: SpanDistance, tokens: Tensor, near: Tensor, monitor: Monitor) -> Tensor:
         """Coordinate descent over the `near` (F, k) tokens by the span distance; (N, L)."""
         places = objective.sentences.free.nonzero().tolist()
         for _ in range(self.sweeps):
@@ -341,7 +343,7 @@ class Tiger:
                 trials = tokens[row, :length].repeat(len(choices) + 1, 1)
                 trials[1:, column] = choices
                 tokens[row, :length] = trials[objective.of_tokens(trials).argmin()]
-            if torch.equal(tokens, before):
+            if monitor.late or torch.equal(tokens, before):
                 break
         return tokens
 

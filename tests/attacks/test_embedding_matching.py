@@ -3,10 +3,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from tiny_audits import victim_of
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import (
     BertConfig,
@@ -14,6 +19,7 @@ from transformers import (
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
 )
 
 from leakaudit.attacks.base import Attack, Monitor, Reconstruction
@@ -38,6 +44,7 @@ from leakaudit.attacks.sentences import (
     lay_out,
     masked_labels,
     order,
+    special_tokens,
 )
 from leakaudit.attacks.tiger import SpanDistance, Tiger, attention_inputs, observed_span, position_start
 from leakaudit.models.language import IGNORED, LanguageVictim, Task, language_victim
@@ -399,7 +406,7 @@ def test_tiger_says_when_tokens_fill_the_space_or_noise_hides_it() -> None:
     assert Tiger(lengths="6").applies(noisy) is not None
 
 
-def test_a_language_model_of_another_tokenizer_is_refused(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_a_language_model_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
     gpt2().module.save_pretrained(tmp_path)
     reason = LanguageModelPrior(language_model=f"hf:{tmp_path}").applies(view_of_sentence(bert()))
     assert reason is not None
@@ -407,6 +414,38 @@ def test_a_language_model_of_another_tokenizer_is_refused(tmp_path) -> None:  # 
     reason = LanguageModelPrior(language_model="hf:./nowhere").applies(view_of_sentence(bert()))
     assert reason is not None
     assert "cannot be had" in reason
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Words w4 .. w59 behind [PAD], [CLS], [SEP], [UNK]; [CLS] before and [SEP] after a sentence."""
+    names = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *(f"w{n}" for n in range(4, VOCABULARY))]
+    words = Tokenizer(WordLevel({name: n for n, name in enumerate(names)}, unk_token="[UNK]"))
+    words.pre_tokenizer = WhitespaceSplit()
+    words.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=20, pad_token="[PAD]")
+
+
+def test_a_language_model_weighs_rearrangements(tmp_path: Path) -> None:
+    gpt2().module.save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    victim = language_victim(bert().module, tokenizer(), "classification")
+    assert special_tokens(victim.space) == ([1], [2])
+    x, _ = victim.space.encode(["w9 w17 w41 w5"])
+    view = view_of_sentence(victim, x)
+    attack = LanguageModelPrior(
+        language_model=f"hf:{tmp_path}", iterations=200, learning_rate=0.05, every=20, starts=5, proposals=10
+    )
+    found = run(attack, view)
+    assert found.x[0, 0] == 1
+    assert found.x[0, -1] == 2
+    assert torch.equal(found.x, x)
+
+
+def test_lengths_that_are_no_numbers_are_refused() -> None:
+    with pytest.raises(ValueError, match="numbers with \\+ between"):
+        TextDeepLeakage(lengths="12,9")
 
 
 # ------------------------------------------------------------------ repeatable, within bounds
