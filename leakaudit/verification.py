@@ -130,7 +130,8 @@ def expected_error(view: View, x: Tensor, y: Tensor) -> Floor:
 
 def quantisation_step(tensor: Tensor) -> float:
     """Distance of the levels when the numbers lie on few, evenly spaced ones; else 0."""
-    few = tensor.detach().reshape(-1)[: 8 * LEVELS]
+    flat = tensor.detach().reshape(-1)
+    few = flat[flat != 0][: 8 * LEVELS]
     if len(torch.unique(few)) > LEVELS:  # spares sorting the millions of numbers of a large tensor
         return 0.0
     levels: Tensor = torch.unique(tensor.detach().double())
