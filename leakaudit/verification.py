@@ -124,8 +124,11 @@ def expected_error(view: View, x: Tensor, y: Tensor) -> Floor:
     steps = {name: quantisation_step(tensor) for name, tensor in view.observed.items()}
     rounding = _rounding(view, x, y)
     errors = {name: max(rounding[name], steps[name] / 2) for name in rounding}
-    norm = math.sqrt(sum(value**2 * view.observed[name].numel() for name, value in errors.items()))
-    return Floor(errors, norm, "quantisation" if any(steps.values()) else "rounding")
+    norm, coarse = (
+        math.sqrt(sum(value**2 * view.observed[name].numel() for name, value in part.items()))
+        for part in (errors, {name: step / 2 for name, step in steps.items()})
+    )
+    return Floor(errors, norm, "quantisation" if coarse > 0.7 * norm else "rounding")
 
 
 def quantisation_step(tensor: Tensor) -> float:
