@@ -43,6 +43,7 @@ metrics = pytest.mark.parametrize("name", METRICS)
 
 PLAIN = (bool, int, float, str, list, dict, type(None))
 SHORT = {"iterations": 12, "tuning": 4, "warm_start": 10, "samples": 200, "restarts": 1}
+SHORT |= {"starts": 3, "proposals": 3, "polish": 3, "every": 6}
 
 
 def shortened(attack: Attack) -> Attack:

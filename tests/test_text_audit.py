@@ -207,6 +207,19 @@ def test_api_audit(tmp_path: Path, model: str, task: str) -> None:
     }  # fmt: skip
 
 
+def test_the_demo_recovers_both_sentences(run: Runner, tmp_path: Path) -> None:
+    done = run("demo", "--text", "--out", "demo")
+    assert done.code == 0, done.err
+    assert words(done.out).count("Private text was reconstructed.") == 2
+    for name in ("gpt2", "bert"):
+        best = read_run(tmp_path / "demo" / name).best_trial
+        assert best is not None
+        assert {score.metric: score.value for score in best.scores}["exact-match"] == 1
+        assert best.verification is not None
+        assert best.verification.status == "verified"
+        assert (tmp_path / "demo" / name / "report.html").is_file()
+
+
 def test_the_positive_control_is_a_bundled_sentence(run: Runner, tmp_path: Path) -> None:
     """Behind loud noise nothing is recovered, while the same attack finds the undefended sentence."""
     captured(run, "--defense", "gaussian-noise:std=1e-3")

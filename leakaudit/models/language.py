@@ -77,16 +77,18 @@ class LanguageVictim(Victim):
 
     def logits(self, params: Params, x: Tensor) -> Tensor:
         """(N, K) class scores, or (N, L, V) token scores."""
-        if x.is_floating_point():
-            there = ~x.isnan().any(dim=-1)
-            with self._embedding_as(x.where(there[..., None], 0.0)):
-                return self._scores(params, there.long() * (self.filler == 0), there)
-        there = x != NO_TOKEN
-        return self._scores(params, x, there)
+        there = _there(x)
+        inputs = {"input_ids": self._token_numbers(x), "attention_mask": there.long()}
+        tensors = (dict(params), self.frozen, self.buffers)
+        if not x.is_floating_point():
+            return functional_call(self.module, tensors, (), inputs).logits
+        with self._embedding_as(x.where(there[..., None], 0.0)):
+            return functional_call(self.module, tensors, (), inputs).logits
 
-    def _scores(self, params: Params, tokens: Tensor, there: Tensor) -> Tensor:
-        inputs = {"input_ids": tokens.where(there, self.filler), "attention_mask": there.long()}
-        return functional_call(self.module, (dict(params), self.frozen, self.buffers), (), inputs).logits
+    def _token_numbers(self, x: Tensor) -> Tensor:
+        """What transformers is given as `input_ids`: for embeddings any token that is not the filler."""
+        tokens = _there(x).long() * (self.filler == 0) if x.is_floating_point() else x
+        return tokens.where(_there(x), self.filler)
 
     @contextmanager
     def _embedding_as(self, rows: Tensor) -> Iterator[None]:
@@ -125,11 +127,13 @@ class LanguageVictim(Victim):
         return Classifier(weight=f"{name}.weight", bias=bias, module=name)
 
     def features(self, x: Tensor) -> Tensor:
+        """Input of the classifier layer, (N, F), of the token that transformers takes the scores of."""
         found = super().features(x)
         if found.dim() == 2:
             return found
-        there = ~x.isnan().any(-1) if x.is_floating_point() else x != NO_TOKEN
-        return found[torch.arange(len(found), device=x.device), there.sum(1) - 1]
+        spoken = self._token_numbers(x) != self.filler
+        places = torch.arange(x.shape[1], device=x.device)
+        return found[torch.arange(len(found), device=x.device), (places * spoken).argmax(1)]
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
         return self.space.sample(count, generator).to(self.device)
@@ -227,8 +231,10 @@ class LanguageVictim(Victim):
             module: Any = self.module
             layer = module.get_output_embeddings()
             return None if layer is None else self._input_of(layer, x)
-        head = self.classifier()
-        return None if head is None else self._input_of(self.module.get_submodule(head.module), x)
+        if self.classifier() is None:
+            return None
+        with torch.no_grad():
+            return self.features(x)
 
     def _input_of(self, module: nn.Module, x: Tensor) -> Tensor:
         kept: list[Tensor] = []
@@ -253,6 +259,11 @@ class LanguageVictim(Victim):
 
     def _name_of(self, weight: Tensor) -> str:
         return next(name for name, tensor in self.module.named_parameters() if tensor is weight)
+
+
+def _there(x: Tensor) -> Tensor:
+    """(N, L): where a sentence has a token, or an embedding."""
+    return ~x.isnan().any(dim=-1) if x.is_floating_point() else x != NO_TOKEN
 
 
 class _Enough(Exception):
