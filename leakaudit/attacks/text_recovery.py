@@ -33,8 +33,18 @@ def conclude(
     loss = view.residual(x, y)
     monitor.step(loss, x, y)
     history = [(monitor.iteration, loss)]
-    strip = [*monitor.strip] or [(monitor.iteration, loss, x.cpu())]
+    strip = [(iteration, loss, _shaped(frame, x)) for iteration, loss, frame in monitor.strip]
+    if not strip or not torch.equal(strip[-1][2], x.cpu()):
+        strip.append((monitor.iteration, loss, x.cpu()))
     return Reconstruction(x, y, loss, monitor.iteration, stopped, history, strip, dict(details))
+
+
+def _shaped(frame: Tensor, like: Tensor) -> Tensor:
+    """A frame of fewer or other sentences in the shape of the last one."""
+    shaped = torch.full_like(like, NO_TOKEN, device="cpu")
+    rows, columns = (min(pair) for pair in zip(frame.shape, like.shape, strict=True))
+    shaped[:rows, :columns] = frame[:rows, :columns]
+    return shaped
 
 
 @dataclass(frozen=True)
