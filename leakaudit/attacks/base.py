@@ -125,11 +125,6 @@ class Monitor:
         self._whole = (self.iteration, total)
         self._frame_steps = self._spaced(total)
 
-    @property
-    def late(self) -> bool:
-        """Whether the deadline has passed; for loops between two steps."""
-        return self._deadline is not None and time.monotonic() > self._deadline
-
     def forget_best(self) -> None:
         """Let the next candidate be the best: the loss is about to change its meaning."""
         self.best_loss = math.inf
