@@ -86,10 +86,10 @@ class PrivateText:
 
 
 def fill_masks(tokens: Tensor, labels: Tensor) -> Tensor:
-    """(N, L) tokens with the labels, where these are tokens, in the places they stand for."""
-    return (
-        tokens if labels.dim() != 2 or labels.is_floating_point() else tokens.where(labels == IGNORED, labels)
-    )
+    """(N, L) tokens with the labels, where these are as many tokens, in the places they stand for."""
+    if labels.shape != tokens.shape or labels.is_floating_point():
+        return tokens
+    return tokens.where(labels == IGNORED, labels)
 
 
 def load_text(

@@ -257,20 +257,15 @@ def nearest_tokens(victim: LanguageVictim, x: Tensor) -> Tensor:
 
 
 def _strip(found: Reconstruction, victim: LanguageVictim, originals: Sequence[Tensor | None]) -> list[Frame]:
-    """The film strip; each reconstruction is marked against the private sentence it was matched to."""
-    return [
-        Frame(
-            iteration=iteration,
-            loss=loss,
-            sentences=[
-                marks(row, original, victim.space)
-                for row, original in zip(
-                    recovered_sentences(victim, x.to(victim.device), found.y), originals, strict=True
-                )
-            ],
-        )
-        for iteration, loss, x in thinned(found.strip)
-    ]
+    """The film strip; each reconstruction is marked against the private sentence it was matched to, in frames
+    of as many sentences as the last."""
+    frames = []
+    for iteration, loss, x in thinned(found.strip):
+        sentences = recovered_sentences(victim, x.to(victim.device), found.y)
+        against = originals if len(sentences) == len(originals) else [None] * len(sentences)
+        rows = [marks(row, original, victim.space) for row, original in zip(sentences, against, strict=True)]
+        frames.append(Frame(iteration=iteration, loss=loss, sentences=rows))
+    return frames
 
 
 def _language(victim: Victim) -> LanguageVictim:
