@@ -204,6 +204,8 @@ class SpanCheck:
             best = distance.argmin(dim=1)
             return tokens[best][None] if victim.position is not None else choices(0)[None]
         sentences = by_evidence(victim, grow(victim, choices, second, length, monitor))
+        if not sentences:
+            raise RuntimeError("no sentence passes the membership test of the second layer")
         x = stack_sentences(sentences[: view.round.num_examples]).to(victim.device)
         return with_last_tokens(view, victim, x) if victim.task == "causal-lm" else x
 
