@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 
 import torch
+import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
@@ -23,6 +24,8 @@ NEAR = 1e-3
 """Distance from the row space up to which a place counts as labelled."""
 MOST_TRIALS = 64
 ROUNDS = 6
+TRIED = 12
+"""Tokens tried as the label of a place whose score layer was not shared."""
 WRONG = 0.5
 """Share of a label's weight in the difference of updates, above which another label is the right one."""
 
@@ -58,7 +61,7 @@ def refine(view: View, x: Tensor, y: Tensor, places: Tensor) -> Tensor:
     assert isinstance(victim, LanguageVictim)
     output, features = victim.output, victim.head_inputs(x)
     if output is None or features is None or output[0] not in view.observed:
-        return y
+        return _by_sensitivity(view, victim, x, y, places)
     shift = int(victim.task == "causal-lm")
     inputs = features.double()[places[:, 0], places[:, 1] - shift]
     scored = int((y[:, shift:] != IGNORED).sum())
@@ -74,6 +77,25 @@ def refine(view: View, x: Tensor, y: Tensor, places: Tensor) -> Tensor:
         if victim.task == "causal-lm":
             x = x.clone()
             x[rows, columns] = y[rows, columns]
+    return y
+
+
+def _by_sensitivity(view: View, victim: LanguageVictim, x: Tensor, y: Tensor, places: Tensor) -> Tensor:
+    """The same where the score layer was not shared: in one local step the update is linear in the labels,
+    so the tokens that turn it most towards the observed one are tried, place by place."""
+    for row, column in places.tolist():
+        soft = F.one_hot(y.clamp(min=0), victim.space.vocabulary).to(victim.dtype)
+        soft = (soft * (y != IGNORED)[..., None]).requires_grad_()
+        simulated = view.simulate(x, soft)
+        missing = (view.observed - simulated).detach()
+        (slope,) = torch.autograd.grad(missing.dot(simulated), soft)
+        best = view.residual(x, y)
+        for token in slope[row, column].topk(min(TRIED, victim.space.vocabulary)).indices.tolist():
+            trial = y.clone()
+            trial[row, column] = token
+            residual = view.residual(x, trial)
+            if residual < best:
+                best, y = residual, trial
     return y
 
 
