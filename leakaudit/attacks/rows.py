@@ -47,6 +47,7 @@ class Rows:
     Attributes:
         tokens: (n,) int64, the tokens of the input, or the likeliest candidates.
         certain: whether `tokens` are exactly those that occur.
+        ranked: whether `tokens` are candidates in the order of their evidence, most of which do not occur.
         word: (n, H) float64, the input side of their rows, without what `outputs` spans.
         position: (P, H) float64 rows of the position embedding from the first token on, up to the last
             that is not zero; (0, H) for a model without learnt positions, or when they were not shared.
@@ -63,6 +64,7 @@ class Rows:
     outputs: Tensor
     noise: float
     reason: str = ""
+    ranked: bool = False
 
     @property
     def length(self) -> int:
@@ -191,7 +193,7 @@ def _likeliest(
     room = min(len(word), 8 * max(view.round.num_examples * len(position), 64))
     evidence = (word @ position.T).amax(dim=1) if len(position) else word.norm(dim=1)
     tokens = evidence.topk(room).indices
-    return Rows(tokens, False, word[tokens], position, outputs, noise, reason)
+    return Rows(tokens, False, word[tokens], position, outputs, noise, reason, ranked=True)
 
 
 def _principal(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -49,7 +49,10 @@ def _shaped(frame: Tensor, like: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class BagOfTokens:
-    """The tokens of the batch without their order, from the rows of the word embedding's gradient."""
+    """The tokens of the batch without their order, from the rows of the word embedding's gradient.
+
+    Exact where nothing was added or pruned; under noise those whose rows stand out.
+    """
 
     restarts: int = 1
 
@@ -59,7 +62,9 @@ class BagOfTokens:
         rows = read_rows(view)
         if rows is None:
             return NO_ROWS
-        return None if rows.certain else f"the tokens cannot be told from the rest: {rows.reason}"
+        if rows.ranked or not len(rows.tokens):
+            return f"the tokens cannot be told from the rest: {rows.reason}"
+        return None
 
     def run(self, view: View, generator: torch.Generator, monitor: Monitor) -> Reconstruction:
         """All tokens in the order of their numbers, cut into as many rows as there are sentences."""
@@ -72,7 +77,13 @@ class BagOfTokens:
             x = x[torch.arange(view.round.num_examples) % count]
         x = x.to(view.victim.device)
         monitor.start(1)
-        return conclude(view, x, complete_labels(view, x, None), monitor, {"tokens": len(rows.tokens)})
+        return conclude(
+            view,
+            x,
+            complete_labels(view, x, None),
+            monitor,
+            {"tokens": len(rows.tokens), "exact": rows.certain},
+        )
 
 
 @dataclass(frozen=True)
