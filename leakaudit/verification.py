@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -124,8 +125,14 @@ def expected_error(view: View, x: Tensor, y: Tensor) -> Floor:
     steps = {name: quantisation_step(tensor) for name, tensor in view.observed.items()}
     rounding = _rounding(view, x, y)
     errors = {name: max(rounding[name], steps[name] / 2) for name in rounding}
-    norm = math.sqrt(sum(value**2 * view.observed[name].numel() for name, value in errors.items()))
-    return Floor(errors, norm, "quantisation" if any(steps.values()) else "rounding")
+    norm = _length(view, errors)
+    quantised = norm > 1.5 * _length(view, rounding)  # else the levels are those of rounding
+    return Floor(errors, norm, "quantisation" if quantised else "rounding")
+
+
+def _length(view: View, errors: Mapping[str, float]) -> float:
+    """Norm over all tensors of errors (root mean square) of one number each."""
+    return math.sqrt(sum(value**2 * view.observed[name].numel() for name, value in errors.items()))
 
 
 def quantisation_step(tensor: Tensor) -> float:
