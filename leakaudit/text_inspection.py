@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from leakaudit.attacks.head import HeadConsistency, head_consistency
 from leakaudit.attacks.labels import LabelInference
+from leakaudit.attacks.rows import Rows, read_rows
+from leakaudit.attacks.spans import attention_span
 from leakaudit.findings import (
     Notes,
     Storage,
@@ -62,6 +64,7 @@ def inspect_text(
         labels, hint, consistency = _last_layer(view, generator, notes, altered, noise_std)
     if not storage.quantised and noise_std is None:
         notes.findings += text_findings(view, whole=not pruned)
+    _membership(view, victim, noise_std or 0.0, notes)
     clipping(view, shared, notes)
     gradient_sizes(view, notes)
     return Inspection(
@@ -100,24 +103,26 @@ def text_findings(view: View, *, whole: bool) -> list[Finding]:
     """What the rows of the embeddings say of an update without noise; `whole` when nothing was pruned."""
     victim = cast(LanguageVictim, view.victim)
     notes = Notes()
-    if not victim.tied and victim.word in view.observed:
-        _bag(view, victim, notes, whole)
+    rows = read_rows(view)
+    if rows is not None and (rows.certain or not victim.tied):
+        _bag(rows, victim, notes, whole)
     if victim.position is not None and victim.position in view.observed:
         _longest(view, victim, notes, whole)
     return notes.findings
 
 
-def _bag(view: View, victim: LanguageVictim, notes: Notes, whole: bool) -> None:
-    numbers = view.observed[victim.word].any(1).nonzero().flatten().cpu()
+def _bag(rows: Rows, victim: LanguageVictim, notes: Notes, whole: bool) -> None:
+    numbers = rows.tokens.sort().values.cpu()
     if not 0 < len(numbers) <= victim.space.vocabulary // 2:
         return
+    how = "that the scores of tokens do not explain" if victim.tied else "with a gradient"
     pieces = victim.space.pieces(numbers)
     special = victim.space.special
     words = [piece for piece, number in zip(pieces, numbers.tolist(), strict=True) if number not in special]
     last = " (the last of a sentence leaves none)" if victim.task == "causal-lm" else ""
     notes.leak(
         "bag of tokens",
-        f"The word embedding has a gradient in {counted(len(numbers), 'row')}{last}, so the client's text holds"
+        f"The word embedding has {counted(len(numbers), 'row')} {how}{last}, so the client's text holds"
         f" {'exactly' if whole else 'at least'} these tokens: {_spelt(words)}.",
         tokens=pieces,
         numbers=numbers.tolist(),
@@ -145,6 +150,36 @@ def _longest(view: View, victim: LanguageVictim, notes: Notes, whole: bool) -> N
         f" {'' if whole else 'at least '}{counted(length, 'token')}, special ones included.",
         length=length,
     )
+
+
+def _membership(view: View, victim: LanguageVictim, noise: float, notes: Notes) -> None:
+    """Whether the span check can tell tokens apart, which depends on the rank of the first layer's gradient."""
+    span = attention_span(victim, view.observed, 0, noise) if victim.architecture is not None else None
+    if span is None:
+        family = victim.module.config.model_type
+        why = (
+            f"where {family} keeps its attention inputs is not known"
+            if victim.architecture is None
+            else "the first attention layer was not shared"
+        )
+        notes.info("membership", f"No word can be tested for membership in the batch: {why}.")
+    elif span.tests:
+        notes.hint(
+            "membership",
+            f"The first attention layer's gradient has rank {span.rank} of {span.width}: its inputs span a part"
+            " of the space, so every token can be tested for membership. Up to a rank of"
+            f" {span.width - 1}, which that many different tokens and places have, nothing is hidden.",
+            rank=span.rank,
+            width=span.width,
+        )
+    else:
+        notes.info(
+            "membership",
+            f"The first attention layer's gradient fills its {span.width} dimensions: the batch has at least"
+            " that many different tokens and places, or noise does. Membership is not identifiable this way.",
+            rank=span.rank,
+            width=span.width,
+        )
 
 
 # ------------------------------------------------------------------ the file

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -125,19 +124,17 @@ def expected_error(view: View, x: Tensor, y: Tensor) -> Floor:
     steps = {name: quantisation_step(tensor) for name, tensor in view.observed.items()}
     rounding = _rounding(view, x, y)
     errors = {name: max(rounding[name], steps[name] / 2) for name in rounding}
-    norm = _length(view, errors)
-    quantised = norm > 1.5 * _length(view, rounding)  # else the levels are those of rounding
-    return Floor(errors, norm, "quantisation" if quantised else "rounding")
-
-
-def _length(view: View, errors: Mapping[str, float]) -> float:
-    """Norm over all tensors of errors (root mean square) of one number each."""
-    return math.sqrt(sum(value**2 * view.observed[name].numel() for name, value in errors.items()))
+    norm, coarse = (
+        math.sqrt(sum(value**2 * view.observed[name].numel() for name, value in part.items()))
+        for part in (errors, {name: step / 2 for name, step in steps.items()})
+    )
+    return Floor(errors, norm, "quantisation" if coarse > 0.7 * norm else "rounding")
 
 
 def quantisation_step(tensor: Tensor) -> float:
     """Distance of the levels when the numbers lie on few, evenly spaced ones; else 0."""
-    few = tensor.detach().reshape(-1)[: 8 * LEVELS]
+    flat = tensor.detach().reshape(-1)
+    few = flat[flat != 0][: 8 * LEVELS]
     if len(torch.unique(few)) > LEVELS:  # spares sorting the millions of numbers of a large tensor
         return 0.0
     levels: Tensor = torch.unique(tensor.detach().double())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -173,10 +175,15 @@ CASES: list[tuple[str, Task]] = [
 
 
 def small_model(family: str, task: Task, seed: int = 0, **options: Any) -> PreTrainedModel:
-    """In eval mode, with parameters (biases and norms too) that are random and never exactly alike."""
+    """In eval mode, with parameters (biases and norms too) that are random and never exactly alike; a copy."""
+    return copy.deepcopy(_model(family, task, seed, tuple(options.items())))
+
+
+@cache
+def _model(family: str, task: Task, seed: int, options: tuple[tuple[str, Any], ...]) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        settings = {**FAMILIES[family].options, **options}
+        settings = {**FAMILIES[family].options, **dict(options)}
         config = AutoConfig.for_model(family, **settings)
         config.num_labels = CLASSES
         module = AUTO[task].from_config(config, attn_implementation="eager")

@@ -54,6 +54,12 @@ def require_positive(options: object, *names: str) -> None:
             raise ValueError(f"{name} must be positive, got {getattr(options, name)}")
 
 
+def require_at_least(options: object, least: int, name: str) -> None:
+    """`ValueError` for a named field below `least`."""
+    if getattr(options, name) < least:
+        raise ValueError(f"{name} must be at least {least}, got {getattr(options, name)}")
+
+
 def require_at_least_one(options: object, *names: str) -> None:
     """`ValueError` naming all these fields when one of them is below 1."""
     if min(getattr(options, name) for name in names) < 1:

@@ -9,7 +9,8 @@ the same e_p enters both.
 Where the word embedding also scores tokens (tied weights), the score side adds  sum over labelled places of
 (softmax - onehot) h_p  to every row: a matrix of rank m, the number of labelled places.  Rows of tokens
 that are not in the input lie in its m-dimensional row space; each input token adds a direction of its own.
-Scaled to length 1, such a row has a statistical leverage near 1, the others share theirs among thousands.
+Scaled to length 1, such a row has a statistical leverage near 1, the others share theirs among thousands
+(but for a label that next to nothing else was likely for, whose row the others span all the same).
 Projecting the row space out leaves the input side (as long as m and the tokens together stay below the width).
 """
 
@@ -25,12 +26,16 @@ from leakaudit.models.language import LanguageVictim
 from leakaudit.threat import View
 
 LEVERAGE = 0.5
+INSIDE = 1e-3
+"""Relative distance from the score side, up to which a row belongs to it."""
 RANK_FLOOR = 1e-8
 """Eigenvalue of the Gram matrix of rows of length 1, below which a direction is rounding."""
 FALSE_ALARMS = 1e-3
 """Rows of noise taken for tokens, expected over the whole vocabulary."""
 CLEAR = 6.0
 """Standard deviations that a number must stand out from noise."""
+QUIET = 1.5
+"""Length of a row over that of the shortest, up to which both are noise."""
 MAD = 0.6745
 """Median of |z| for a standard normal z."""
 
@@ -94,16 +99,21 @@ def read_rows(view: View) -> Rows | None:
 
 
 def noise_level(view: View) -> float:
-    """Standard deviation of noise per number: as known, else the size of rows that should be zero."""
+    """Standard deviation of noise per number: as known, else the size of rows that should be zero.
+
+    These are the shortest rows of the word embedding, or of the positions where the former is tied.  A tied
+    model whose every position is in use has none, and its shortest are taken for noise.
+    """
     if view.knowledge.noise_std.value:
         return float(view.knowledge.noise_std.value)
     victim = text_victim(view)
     assert victim is not None
-    name = victim.position if victim.position in view.observed else None if victim.tied else victim.word
+    name = victim.position if victim.tied else victim.word
     if name is None or name not in view.observed:
         return 0.0
     rows = view.observed[name].double()
-    unused = rows[len(rows) // 2 :] if name == victim.position else rows
+    lengths = rows.norm(dim=1)
+    unused = rows[lengths <= QUIET * lengths.min()]
     return float(unused.abs().median()) / MAD
 
 
@@ -145,6 +155,7 @@ def _tied_rows(word: Tensor, position: Tensor, noise: float, view: View) -> Rows
     leverage = (unit @ directions).square() @ (1 / sizes)
     own = leverage > LEVERAGE
     outputs = _principal(unit[~own])[0].T if bool((~own & alive).any()) else nothing
+    own &= _without(unit, outputs).norm(dim=1) > INSIDE  # rows of confident labels stand out too
     tokens = own.nonzero().flatten()
     return Rows(
         tokens,
@@ -195,17 +206,24 @@ def _without(rows: Tensor, basis: Tensor) -> Tensor:
     return rows - (rows @ basis.T) @ basis
 
 
+def overlaps(rows: Rows) -> Tensor:
+    """(P, n) inner products of position rows and word rows."""
+    return _without(rows.position, rows.outputs) @ rows.word.T
+
+
 def place(rows: Rows) -> Tensor:
     """For one sentence: the token of each position, (P,) int64, by matching position rows to word rows.
 
     The token rows are sums of the position rows at their places, so the places minimise
     sum over t of |word_t - sum of position_i at t|^2: downhill, one place at a time, from the nearest
-    directions, the nearest rows, and the largest inner products (the likelihood ratio under noise).
+    directions, the nearest rows, the largest inner products (the likelihood ratio under noise), and the
+    coefficients of position rows in word rows, which are 0 and 1 where the former are independent.
     """
     position = _without(rows.position, rows.outputs)
-    overlap = position @ rows.word.T
+    overlap = overlaps(rows)
     lengths = rows.word.norm(dim=1)
-    starts = (overlap / lengths, overlap - lengths.square() / 2, overlap)
+    shares = torch.linalg.lstsq(position.T, rows.word.T, driver="gelsd").solution
+    starts = (overlap / lengths, overlap - lengths.square() / 2, overlap, shares)
     descents = [_descend(start.argmax(dim=1), position, rows.word) for start in starts]
     chosen, _ = min(descents, key=lambda descent: descent[1])
     return rows.tokens[chosen]

@@ -30,6 +30,8 @@ ROUNDING = 16.0
 """Rounding error of a gradient's numbers, in units of their precision times their root mean square."""
 FLAT = 0.2
 """Smallest singular value over the median one, above which the lower half is noise."""
+MANY = 32
+"""Singular values from which on this is no accident, as it is for the few dimensions of an adapter."""
 CHUNK = 1 << 25
 """Numbers of the largest intermediate result of a scan."""
 
@@ -62,7 +64,6 @@ class Span:
         rank: dimensions of the largest span, a lower bound on the distinct inputs.
         width: dimensions they could fill at most.
         tolerance: distance that rounding and noise may cause for a true input.
-        whole: whether the span holds all inputs; for the A factors of LoRA that cannot be known.
     """
 
     tests: tuple[Test, ...]
@@ -83,8 +84,9 @@ def attention_span(victim: LanguageVictim, update: Update, layer: int, noise: fl
     tests, rank, width, tolerance = [], 0, 0, 0.0
     for matrix, mapping in kinds:
         basis, loose = _row_space(matrix, noise)
-        rank, width = max(rank, len(basis)), max(width, matrix.shape[1])
-        if 0 < len(basis) < matrix.shape[1]:
+        room = min(matrix.shape)
+        rank, width = max(rank, len(basis)), max(width, room)
+        if 0 < len(basis) < room:  # a span that fills its room may hold part of the inputs only
             tests.append(Test(basis, mapping))
             tolerance = max(tolerance, loose)
     return Span(tuple(tests), rank, width, tolerance)
@@ -122,7 +124,7 @@ def _row_space(matrix: Tensor, noise: float) -> tuple[Tensor, float]:
     edge = spread * (math.sqrt(matrix.shape[0]) + math.sqrt(matrix.shape[1]))
     _, sizes, rows = torch.linalg.svd(matrix, full_matrices=False)
     median = float(sizes.median())
-    if float(sizes[-1]) > max(edge, FLAT * median):
+    if len(sizes) >= MANY and float(sizes[-1]) > max(edge, FLAT * median):
         ratio = min(matrix.shape) / max(matrix.shape)
         edge = median * (0.56 * ratio**3 - 0.95 * ratio**2 + 1.82 * ratio + 1.43)
     rank = int((sizes > edge).sum())

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from leakaudit.attacks import near_misses
 from leakaudit.attacks.assembly import accepted, assemble, by_evidence, grow
-from leakaudit.attacks.base import Attack, Monitor, Reconstruction, Stop, require_positive
+from leakaudit.attacks.base import Attack, Monitor, Reconstruction, Stop, require_at_least
 from leakaudit.attacks.rows import Rows, place, read_rows, text_victim
 from leakaudit.attacks.spans import Span, attention_span, scan
 from leakaudit.attacks.token_labels import complete_labels, refine
@@ -32,8 +33,18 @@ def conclude(
     loss = view.residual(x, y)
     monitor.step(loss, x, y)
     history = [(monitor.iteration, loss)]
-    strip = [*monitor.strip] or [(monitor.iteration, loss, x.cpu())]
+    strip = [(iteration, loss, _shaped(frame, x)) for iteration, loss, frame in monitor.strip]
+    if not strip or not torch.equal(strip[-1][2], x.cpu()):
+        strip.append((monitor.iteration, loss, x.cpu()))
     return Reconstruction(x, y, loss, monitor.iteration, stopped, history, strip, dict(details))
+
+
+def _shaped(frame: Tensor, like: Tensor) -> Tensor:
+    """A frame of fewer or other sentences in the shape of the last one."""
+    shaped = torch.full_like(like, NO_TOKEN, device="cpu")
+    rows, columns = (min(pair) for pair in zip(frame.shape, like.shape, strict=True))
+    shaped[:rows, :columns] = frame[:rows, :columns]
+    return shaped
 
 
 @dataclass(frozen=True)
@@ -69,9 +80,16 @@ class PositionRows:
     """Tokens and their order for one sentence: rows of positions matched to rows of words.
 
     Needs learnt absolute positions.  Exact without noise; with it, each place has the most likely token.
+
+    Attributes:
+        polish: updates to simulate at most for texts near the one found, where that does not match.
     """
 
+    polish: int = 60
     restarts: int = 1
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 0, "polish")
 
     def applies(self, view: View) -> str | None:
         victim = text_victim(view)
@@ -96,7 +114,9 @@ class PositionRows:
         sentence = place(rows)[None]
         if victim.task == "causal-lm":
             sentence = with_last_tokens(view, victim, sentence)
-        return finish(view, victim, sentence, rows, monitor, {"length": rows.length})
+        sentence, y = fitted(view, sentence, rows)
+        x, y, _ = near_misses.search(view, sentence, y, rows, monitor, self.polish)
+        return conclude(view, x, y, monitor, {"length": rows.length})
 
 
 @dataclass(frozen=True)
@@ -111,9 +131,7 @@ class SpanCheck:
     restarts: int = 1
 
     def __post_init__(self) -> None:
-        require_positive(self, "restarts")
-        if self.vocabulary < 0:
-            raise ValueError(f"vocabulary must be at least 0, got {self.vocabulary}")
+        require_at_least(self, 0, "vocabulary")
 
     def applies(self, view: View) -> str | None:
         victim = text_victim(view)
@@ -151,7 +169,7 @@ class SpanCheck:
             x = self._one(view, victim, rows, first)
         if x.numel() == 0:
             raise RuntimeError("no token passes the membership test of the first layer")
-        return finish(view, victim, x, rows, monitor, details)
+        return finish(view, x, rows, monitor, details)
 
     def _tokens(self, victim: LanguageVictim, rows: Rows | None) -> Tensor:
         if rows is not None and rows.certain:
@@ -186,6 +204,8 @@ class SpanCheck:
             best = distance.argmin(dim=1)
             return tokens[best][None] if victim.position is not None else choices(0)[None]
         sentences = by_evidence(victim, grow(victim, choices, second, length, monitor))
+        if not sentences:
+            raise RuntimeError("no sentence passes the membership test of the second layer")
         x = stack_sentences(sentences[: view.round.num_examples]).to(victim.device)
         return with_last_tokens(view, victim, x) if victim.task == "causal-lm" else x
 
@@ -198,20 +218,23 @@ class SpanCheck:
 
 
 def finish(
-    view: View,
-    victim: LanguageVictim,
-    x: Tensor,
-    rows: Rows | None,
-    monitor: Monitor,
-    details: dict[str, object],
+    view: View, x: Tensor, rows: Rows | None, monitor: Monitor, details: dict[str, object]
 ) -> Reconstruction:
     """Fit the number of sentences to the round, add labels, and score."""
+    missing = view.round.num_examples - len(x)
+    if missing > 0:
+        details["missing"] = missing
+    x, y = fitted(view, x, rows)
+    return conclude(view, x, y, monitor, details)
+
+
+def fitted(view: View, x: Tensor, rows: Rows | None) -> tuple[Tensor, Tensor]:
+    """As many sentences as the round has, the first in place of missing ones, and their labels."""
     count = view.round.num_examples
     if len(x) < count:
         x = torch.cat([x, x[:1].expand(count - len(x), -1)])
-        details["missing"] = count - len(x.unique(dim=0))  # type: ignore[no-untyped-call]
     x = x[:count]
-    return conclude(view, x, complete_labels(view, x, rows), monitor, details)
+    return x, complete_labels(view, x, rows)
 
 
 def with_last_tokens(view: View, victim: LanguageVictim, x: Tensor) -> Tensor:

@@ -20,7 +20,9 @@ are optimised to minimise their distance to the subspace.  The rest is ours:
         MiniLM's 24 tokens from a random start go from 12 right to all;
     the descent is L-BFGS, started from position rows where they were shared, with the norm prior of LAMP;
     tokens are then searched by the same distance among the nearest, and at last by `View.residual`.
-Limits: in a batch every sentence descends in the same span, and from random starts two may become one.
+Limits: in a batch every sentence descends in the same span, and from random starts two may become one.  The
+spans say nothing of a masked language model's labels: these are left where their random start put them, so
+its residual is of no use there and the text alone is to be judged.
 """
 
 from __future__ import annotations
