@@ -25,7 +25,7 @@ from tiny_language_models import tiny_llama
 from torch import Tensor
 
 from leakaudit.attacks.base import Attack, Monitor, Reconstruction
-from leakaudit.attacks.text_recovery import TEXT_ATTACKS, BagOfTokens, PositionRows, SpanCheck
+from leakaudit.attacks.text_recovery import BagOfTokens, PositionRows, SpanCheck
 from leakaudit.models.language import IGNORED, LanguageVictim, Task
 from leakaudit.models.spaces import NO_TOKEN
 from leakaudit.randomness import fork
@@ -34,12 +34,17 @@ from leakaudit.threat import View, known
 
 __all__ = ["tiny_llama"]
 
+EXACT: dict[str, Attack] = {
+    "bag-of-tokens": BagOfTokens(),
+    "position-rows": PositionRows(),
+    "span-check": SpanCheck(),
+}
 ROUNDING = 1e-5
 """Residual of a perfect reconstruction in float32, with room."""
 
 
 def attack(view: View, name: str, seed: int = 0) -> Reconstruction:
-    chosen: Attack = TEXT_ATTACKS[name]
+    chosen = EXACT[name]
     assert chosen.applies(view) is None
     return chosen.run(view, fork(seed, name), Monitor())
 
@@ -172,6 +177,24 @@ def test_sentences_that_share_a_length(family: str, task: Task) -> None:
     assert_exact(attack(view, "span-check"), view, x, y)
 
 
+HARD = [
+    ("bert", "mlm", (64, 272), "peeling leaves so much of the first sentence that it is found again"),
+    ("bert", "mlm", (149, 80), "the sentences are right, one masked label is another token of its sentence"),
+    ("gpt2", "classification", (79, 324), "early tokens sink below the rounding edge of the second layer"),
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "numbers"),
+    [pytest.param(*case[:3], marks=pytest.mark.xfail(strict=True, reason=case[3])) for case in HARD],
+)
+def test_two_sentences_that_are_not_found(family: str, task: Task, numbers: tuple[int, ...]) -> None:
+    victim = tiny_victim("bert" if family == "bert" else "gpt2", task)
+    x, y = private(victim, *numbers)
+    view = view_of(victim, x, y)
+    assert_exact(attack(view, "span-check"), view, x, y)
+
+
 @pytest.mark.parametrize(("family", "task"), [("bert", "classification"), ("gpt2", "causal-lm")])
 def test_the_same_sentence_twice(family: str, task: Task) -> None:
     victim = tiny_victim("bert" if family == "bert" else "gpt2", task)
@@ -205,7 +228,7 @@ def test_a_short_sentence_beside_a_long_one() -> None:
 # ------------------------------------------------------------------------------------- determinism
 
 
-@pytest.mark.parametrize("name", TEXT_ATTACKS)
+@pytest.mark.parametrize("name", EXACT)
 def test_the_same_seed_finds_the_same(name: str) -> None:
     victim = tiny_victim("bert", "classification")
     x, y = private(victim, *(3,) if name == "position-rows" else (40, 7))
@@ -225,7 +248,7 @@ def test_the_victim_is_left_alone() -> None:
     victim = tiny_victim("bert", "mlm")
     before = {name: tensor.clone() for name, tensor in victim.params.items()}
     x, y = private(victim, 3)
-    for name in TEXT_ATTACKS:
+    for name in EXACT:
         attack(view_of(victim, x, y), name)
     assert all(torch.equal(tensor, before[name]) for name, tensor in victim.params.items())
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in victim.module.modules())
@@ -234,9 +257,9 @@ def test_the_victim_is_left_alone() -> None:
 # ------------------------------------------------------------------------------------------ reasons
 
 
-@pytest.mark.parametrize("name", TEXT_ATTACKS)
+@pytest.mark.parametrize("name", EXACT)
 def test_image_models_are_refused(name: str) -> None:
-    reason = TEXT_ATTACKS[name].applies(image_view(victim_of("mlp")))
+    reason = EXACT[name].applies(image_view(victim_of("mlp")))
     assert reason == "it reconstructs text, this model takes images"
 
 
@@ -321,10 +344,9 @@ def test_no_sentence_at_all_is_an_error_in_words(tiny_llama: Path, monkeypatch: 
         attack(view_of(victim, x, y), "span-check")
 
 
-@pytest.mark.parametrize("options", [{"restarts": 0}, {"vocabulary": -1}])
-def test_impossible_options_are_refused(options: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match=next(iter(options))):
-        SpanCheck(**options)
+def test_an_impossible_number_of_candidates_is_refused() -> None:
+    with pytest.raises(ValueError, match="vocabulary"):
+        SpanCheck(vocabulary=-1)
 
 
 # ------------------------------------------------------------------------------------- LoRA, FedAvg
