@@ -24,9 +24,8 @@ from leakaudit.attacks.base import Monitor
 from leakaudit.attacks.rows import Rows, read_rows
 from leakaudit.attacks.spans import Span, attention_span, scan
 from leakaudit.attacks.token_labels import complete_labels
-from leakaudit.models.language import LanguageVictim
-from leakaudit.models.spaces import stack_sentences
-from leakaudit.rounds import Round
+from leakaudit.models.language import IGNORED, LanguageVictim
+from leakaudit.models.spaces import NO_TOKEN, stack_sentences
 from leakaudit.threat import View
 from leakaudit.update import Update
 
@@ -43,6 +42,10 @@ SPREAD = 0.2
 """Temperature of tokens drawn anew, in units of the prior."""
 MOST_PREFIXES = 4096
 REPEATS = 8
+MOST_CLASSES = 16
+"""Labels that are tried for a sentence to take out."""
+ALONE = 0.1
+"""Share of the last position's row that a sentence may leave unexplained and still be the only one there."""
 
 
 @dataclass(frozen=True)
@@ -158,12 +161,13 @@ def assemble(view: View, rows: Rows, generator: torch.Generator, monitor: Monito
         if distance >= search.known.limit:
             guess = sentence
             break
-        found.append(sentence)
+        if sentence in found:  # its share was not taken out as it should have been
+            break
+        peeled = _peel(rest, sentence, current, len(rows.outputs), count)
+        found += [sentence] * min(peeled.copies, count - len(found))
         if monitor.step(distance, stack_sentences(found), torch.zeros(0)) and len(found) < count:
             break
-        if len(found) < count:
-            rest = _peel(rest, sentence, current, count)
-            current = _significant(read_rows(rest), rows)
+        rest, current = peeled.rest, _significant(read_rows(peeled.rest), rows)
     sentences = [*found, *([] if guess is None else [guess])][:count]
     if not sentences:
         raise RuntimeError("no token passes the membership test of the first layer at some position")
@@ -206,30 +210,35 @@ class _Search:
     def any_length(self, monitor: Monitor) -> tuple[list[int], float]:
         """The best sentence and its mean distance: of the greatest length, else of another likely one.
 
-        Every length gets a few kicks before one of them gets many.
+        The longest, whose end is known, gets one try; then all get a few kicks, the short and cheap ones
+        first, before they get many.
         """
-        lengths = self._lengths()
+        longest, *others = self._lengths()
+        lengths = [*sorted(others), longest]
+        tries = [(longest, 0), *((n, FEW_KICKS) for n in lengths), *((n, KICKS) for n in lengths)]
         best: dict[int, tuple[Tensor, Tensor]] = {}
-        for kicks in (FEW_KICKS, KICKS):
-            for length in lengths:
-                best[length] = self._of_length(length, kicks, best.get(length))
-                if best[length][1].mean() < self.known.limit or monitor.late:
-                    chosen, here = best[length]
-                    return self.known.tokens[chosen].tolist(), float(here.mean())
-        chosen, here = best[lengths[0]]
+        for length, kicks in tries:
+            best[length] = self._of_length(length, kicks, best.get(length))
+            if best[length][1].mean() < self.known.limit or monitor.late:
+                break
+        chosen, here = best[length] if best[length][1].mean() < self.known.limit else best[longest]
         return self.known.tokens[chosen].tolist(), float(here.mean())
 
     def _lengths(self) -> list[int]:
         """The greatest, then where the tokenizer ends every sentence alike the likeliest other places of that
         token."""
-        tokenizer = self.climb.victim.space.tokenizer
-        end = None if tokenizer is None else tokenizer.sep_token_id
-        column = (self.known.tokens == end).nonzero().flatten() if end is not None else []
-        if len(column) == 0:
+        if not bool(self._end.any()):
             return [self.rows.length]
-        prior = self.known.prior[: self.rows.length - 1, column[0]]
+        prior = self.known.prior[: self.rows.length - 1, self._end][:, 0]
         others = [int(place) + 1 for place in prior.argsort(descending=True) if prior[place].isfinite()]
         return [self.rows.length, *others[:MOST_LENGTHS]]
+
+    @property
+    def _end(self) -> Tensor:
+        """(n,) bool: which candidate is the token that ends every sentence."""
+        tokenizer = self.climb.victim.space.tokenizer
+        end = None if tokenizer is None else tokenizer.sep_token_id
+        return self.known.tokens == (NO_TOKEN if end is None else end)
 
     def _of_length(
         self, length: int, kicks: int, before: tuple[Tensor, Tensor] | None
@@ -239,6 +248,9 @@ class _Search:
         if length == self.rows.length:  # the last position's row is that of this sentence alone
             words = F.normalize(self.rows.word, dim=1)
             prior = prior + words @ F.normalize(self.rows.position[-1], dim=0)
+        if bool(self._end.any()) and bool(prior[-1, self._end].isfinite()):
+            prior = prior.clone()
+            prior[-1, ~self._end] = -torch.inf
         climb = replace(self.climb, known=replace(self.known, prior=prior))
         chosen, here = before or climb(_suggest(prior, self.known.affinity, kinship=0.0), CHOICES)
         for kick in range(kicks):
@@ -316,33 +328,46 @@ class _Climb:
         return ranked[(ranked != current) & prior[ranked].isfinite()][:most]
 
 
-def _peel(view: View, sentence: list[int], rows: Rows, count: int) -> View:
-    """The view of the update without this sentence's share, its label the one that leaves least."""
+@dataclass(frozen=True)
+class _Peeled:
+    """The view without a sentence, and how often that stood in the batch."""
+
+    rest: View
+    copies: int
+
+
+def _peel(view: View, sentence: list[int], rows: Rows, labelled: int, count: int) -> _Peeled:
+    """Take a sentence's share out of the update, its label being the one that leaves least.
+
+    Args:
+        labelled: labelled places of the whole batch, in masked language models.
+        count: sentences of the whole batch.
+    """
     victim = view.victim
     assert isinstance(victim, LanguageVictim)
     x = torch.tensor([sentence], device=victim.device)
-    single = replace(view, round=Round(1), knowledge=replace(view.knowledge))
+    single = replace(view, round=replace(view.round, num_examples=1, local_batch_size=None))
     if victim.task == "classification":
-        labels = [torch.tensor([label], device=victim.device) for label in range(min(victim.num_classes, 16))]
+        classes = range(min(victim.num_classes, MOST_CLASSES))
+        labels = [torch.tensor([label], device=victim.device) for label in classes]
+        part = 1 / count
     else:
         labels = [complete_labels(single, x, rows)]
-    options = [_without(view.observed, single.simulate(x, y).detach(), victim, rows, count) for y in labels]
-    best, _ = min(options, key=lambda option: option[1])
-    return replace(view, observed=best)
+        part = float((labels[0] != IGNORED).sum()) / max(labelled, 1)
+    shares = [single.simulate(x, y).detach() for y in labels]
+    weights = [_weight(share, victim, rows, part) for share in shares]
+    rests = [view.observed - share * weight for share, weight in zip(shares, weights, strict=True)]
+    best = min(range(len(rests)), key=lambda i: float(rests[i].norm()))
+    return _Peeled(replace(view, observed=rests[best]), max(1, round(weights[best] / part)))
 
 
-def _without(
-    observed: Update, share: Update, victim: LanguageVictim, rows: Rows, count: int
-) -> tuple[Update, float]:
-    """The update minus the sentence's share of it, and the length of what is left.
-
-    The share's weight shows where the sentence is the only one, at the last position; else it is one part
-    in `count`.
-    """
+def _weight(share: Update, victim: LanguageVictim, rows: Rows, part: float) -> float:
+    """What a sentence's own update counts in the batch's: as its last position shows where it is the only one
+    there, else `part`."""
     assert victim.position is not None
     own = share[victim.position].double()[victim.first_position + rows.length - 1]
     seen = rows.position[-1]
-    weight = float(own @ seen / (own @ own)) if bool(own.any()) else 0.0
-    alone = bool((seen - weight * own).norm() < 0.1 * seen.norm())
-    rest = observed - share * (weight if alone else 1 / count)
-    return rest, float(rest.norm())
+    if not bool(own.any()):
+        return part
+    weight = float(own @ seen / (own @ own))
+    return weight if bool((seen - weight * own).norm() < ALONE * seen.norm()) else part

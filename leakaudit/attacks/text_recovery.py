@@ -93,7 +93,7 @@ class PositionRows:
     Needs learnt absolute positions.  Exact without noise; with it, each place has the most likely token.
 
     Attributes:
-        polish: updates to simulate at most for texts near the one found, where that does not match.
+        polish: updates to simulate at most for texts near the one found, where noise or pruning leaves doubt.
     """
 
     polish: int = 60
@@ -126,8 +126,9 @@ class PositionRows:
         if victim.task == "causal-lm":
             sentence = with_last_tokens(view, victim, sentence)
         sentence, y = fitted(view, sentence, rows)
-        x, y, _ = near_misses.search(view, sentence, y, rows, monitor, self.polish)
-        return conclude(view, x, y, monitor, {"length": rows.length})
+        if not rows.certain:  # exact rows are surer than the residual, which unknown dropout disturbs
+            sentence, y, _ = near_misses.search(view, sentence, y, rows, monitor, self.polish)
+        return conclude(view, sentence, y, monitor, {"length": rows.length})
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_transformers import small_model
 from text_rounds import (
     labels_of,
     masked,
@@ -29,8 +28,7 @@ from leakaudit.attacks.text_recovery import BagOfTokens, PositionRows, SpanCheck
 from leakaudit.models.language import IGNORED, LanguageVictim, Task
 from leakaudit.models.spaces import NO_TOKEN
 from leakaudit.randomness import fork
-from leakaudit.rounds import Round
-from leakaudit.threat import View, known
+from leakaudit.threat import View
 
 __all__ = ["tiny_llama"]
 
@@ -317,89 +315,23 @@ def test_an_unknown_family_is_a_reason_against_the_span_check() -> None:
     assert BagOfTokens().applies(view) is None
 
 
-def test_noise_is_a_reason_against_the_bag_but_not_against_position_rows() -> None:
+def test_noise_leaves_a_bag_of_what_stands_out_where_the_embedding_is_not_tied() -> None:
     victim = tiny_victim("bert", "classification")
+    x, y = private(victim, 3)
+    view = view_of(victim, x, y)
+    view = replace(view, observed=noisy(view.observed, 1e-4))
+    found = attack(view, "bag-of-tokens")
+    recovered, true = set(found.x[0].tolist()), set(x[0].tolist())
+    assert not found.details["exact"]
+    assert len(recovered & true) > 0.8 * len(true)
+    assert len(recovered - true) <= 1
+    assert PositionRows().applies(view) is None
+
+
+def test_noise_is_a_reason_against_the_bag_of_a_tied_model() -> None:
+    victim = tiny_victim("bert", "mlm")
     x, y = private(victim, 3)
     view = view_of(victim, x, y)
     reason = BagOfTokens().applies(replace(view, observed=noisy(view.observed, 1e-4)))
     assert reason is not None
-    assert "the tokens cannot be told from the rest: noise of about 0.0001" in reason
-    assert PositionRows().applies(replace(view, observed=noisy(view.observed, 1e-4))) is None
-
-
-def test_an_update_without_any_signal_of_positions_is_a_reason() -> None:
-    victim = tiny_victim("bert", "classification")
-    x, y = private(victim, 3)
-    view = without(view_of(victim, x, y), "position_embeddings")
-    reason = PositionRows().applies(view)
-    assert reason is not None
-    assert "position" in reason
-
-
-def test_no_sentence_at_all_is_an_error_in_words(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("leakaudit.attacks.text_recovery.grow", lambda *_: [])
-    victim = victim_in(tiny_llama, "causal-lm")
-    x, y = private(victim, 3)
-    with pytest.raises(RuntimeError, match="no sentence passes the membership test of the second layer"):
-        attack(view_of(victim, x, y), "span-check")
-
-
-def test_an_impossible_number_of_candidates_is_refused() -> None:
-    with pytest.raises(ValueError, match="vocabulary"):
-        SpanCheck(vocabulary=-1)
-
-
-# ------------------------------------------------------------------------------------- LoRA, FedAvg
-
-
-def test_a_decoder_by_its_adapters_alone(tmp_path: Path) -> None:
-    """Rank 24 on all of c_attn, no embedding shared: the vocabulary is scanned."""
-    small_model("gpt2", "causal-lm", n_embd=64).save_pretrained(tmp_path)
-    victim = victim_in(tmp_path, "causal-lm", "rank=24,targets=c_attn")
-    x = random_tokens(victim, 9)
-    y = labels_of(victim, x)
-    view = view_of(victim, x, y)
-    for attack_of_rows in (BagOfTokens(), PositionRows()):
-        assert attack_of_rows.applies(view) is not None
-    found = attack(view, "span-check")
-    assert found.x.shape[1] >= 8
-    assert found.x[0, :8].tolist() == x[0, :8].tolist()
-
-
-@pytest.mark.parametrize(
-    ("family", "task", "name"),
-    [
-        ("bert", "classification", "position-rows"),
-        ("bert", "mlm", "position-rows"),
-        ("gpt2", "causal-lm", "position-rows"),
-        ("bert", "classification", "span-check"),
-        ("gpt2", "classification", "span-check"),
-    ],
-)
-def test_two_local_steps_leave_most_tokens_right(family: str, task: Task, name: str) -> None:
-    victim = tiny_victim("bert" if family == "bert" else "gpt2", task)
-    x, y = private(victim, 3)
-    round = Round(1, local_steps=2, learning_rate=1e-4)
-    view = view_of(victim, x, y, round, learning_rate=known(1e-4, "test"), local_steps=known(2, "test"))
-    found = attack(view, name)
-    assert found.x.shape[1] == x.shape[1]
-    assert (found.x == x).double().mean() > 0.8
-
-
-@pytest.mark.parametrize("level", [1e-6, 1e-5])
-def test_position_rows_stand_noise(level: float) -> None:
-    victim = tiny_victim("bert", "classification")
-    x, y = private(victim, 3)
-    view = view_of(victim, x, y, noise=level)
-    found = attack(view, "position-rows")
-    assert rows_of(found.x) == rows_of(x)
-
-
-def test_known_labels_are_used() -> None:
-    victim = tiny_victim("bert", "classification")
-    x, _ = private(victim, 40, 7)
-    y = torch.tensor([1, 1])
-    view = view_of(victim, x, y, labels=known(y, "test"))
-    found = attack(view, "span-check")
-    assert found.y.tolist() == [1, 1]
-    assert found.loss < ROUNDING
+    assert "the tokens cannot be told from the rest: noise or pruning hides" in reason
