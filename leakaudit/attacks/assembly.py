@@ -33,9 +33,11 @@ FOUND = 1e-4
 """Mean distance from the second layer's span below which a sentence counts as found, without noise."""
 SLACK = 30.0
 """Distances of true candidates are alike within this factor."""
-FEW_KICKS, KICKS = 3, 12
+FEW_KICKS, KICKS = 3, 24
 """Times a sentence that does not pass is shaken and descends again, before and after trying other lengths."""
 MOST_LENGTHS = 8
+DOUBTFUL = 0.5
+"""Distance of a place, over the mean, from which on it is looked at a second time."""
 CHOICES = 12
 SWEEPS = 6
 SPREAD = 0.2
@@ -295,9 +297,11 @@ class _Climb:
     def __call__(self, chosen: Tensor, most: int) -> tuple[Tensor, Tensor]:
         """The sentence at the foot of the slope and its distances, with `most` candidates a place."""
         here = self.distances(chosen[None])[0]
-        for _ in range(SWEEPS):
+        for sweep in range(SWEEPS):
             before = float(here.mean())
             for place in here.argsort(descending=True).tolist():
+                if sweep and here[place] < DOUBTFUL * here.mean():
+                    continue
                 options = self._options(place, chosen[place], most)
                 if len(options) == 0:
                     continue
