@@ -6,16 +6,14 @@ tokens that nobody wrote are exactly zero, unless the layer that scores tokens s
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from leakaudit.attacks.head import HeadConsistency, head_consistency
 from leakaudit.attacks.labels import LabelInference
-from leakaudit.attacks.rows import Rows, read_rows
+from leakaudit.attacks.rows import Rows, language, noisy_rows, read_rows
 from leakaudit.attacks.spans import attention_span
 from leakaudit.findings import (
     Notes,
@@ -51,7 +49,7 @@ def inspect_text(
     dtypes: Mapping[str, str] | None = None,
 ) -> Inspection:
     """Look at an update of a `LanguageVictim` without attacking it; arguments as for `inspect_update`."""
-    notes, victim = Notes(), cast(LanguageVictim, view.victim)
+    notes, victim = Notes(), language(view)
     shared = view.observed if raw is None else raw
     missing_parameters(view, notes)
     storage = storage_of(shared, dtypes or {}, notes)
@@ -101,7 +99,7 @@ def _last_layer(
 
 def text_findings(view: View, *, whole: bool) -> list[Finding]:
     """What the rows of the embeddings say of an update without noise; `whole` when nothing was pruned."""
-    victim = cast(LanguageVictim, view.victim)
+    victim = language(view)
     notes = Notes()
     rows = read_rows(view)
     if rows is not None and (rows.certain or not victim.tied):
@@ -202,46 +200,23 @@ def _without_zero_rows(shared: Update) -> Update:
 
 def _noise(view: View, storage: Storage, notes: Notes) -> float | None:
     """Standard deviation of noise: of embedding rows that should be zero, else by the sums over classes."""
-    victim = cast(LanguageVictim, view.victim)
-    names = [] if victim.tied else [victim.word]
-    names += [] if victim.position is None else [victim.position]
-    for name in names:
-        std = _row_noise(view.observed[name].double()) if name in view.observed else None
-        if std is not None and _decayed(view, name, notes):
+    found = noisy_rows(view)
+    if found is not None:
+        name, std = found
+        if _decayed(view, name, notes):
             return None
-        if std is not None:
-            size = float(view.observed[name].double().square().mean(1).max().sqrt())
-            notes.hint(
-                "noise",
-                f"Rows of {name} that no text needs, which should be zero, are all of the same size: noise of"
-                f" standard deviation about {std:.2g} per number was added, where the largest row has"
-                f" {size:.2g} (estimated).",
-                std=std,
-                rms=size,
-                ratio=std / size,
-            )
-            return std
-    return class_sum_noise(view, storage, notes) if victim.task == "classification" else None
-
-
-def _row_noise(rows: Tensor) -> float | None:
-    """Standard deviation of noise that the smallest tenth of the rows (R, H) consists of; else None.
-
-    Rows of nothing but Gaussian noise are equally large, up to a relative spread of 1 / sqrt(2 H) each, and
-    at right angles, up to cosines of 1 / sqrt(H).
-    """
-    sizes = rows.square().mean(1).sqrt()
-    order = sizes.argsort()[: max(4, len(sizes) // 10)]
-    smallest = rows[order[:256]]
-    least = float(sizes[order[0]])
-    limit = least * math.exp(2 * math.sqrt(math.log(len(sizes)) / rows.shape[1]))
-    if not least > 0 or float(sizes[order[-1]]) > limit or len(sizes) < 2 * len(order):
-        return None
-    unit = smallest / smallest.norm(dim=1, keepdim=True)
-    cosines = (unit @ unit.T)[~torch.eye(len(unit), dtype=torch.bool, device=unit.device)]
-    if float(cosines.square().mean().sqrt()) > 2 / math.sqrt(rows.shape[1]):
-        return None
-    return float(sizes[sizes <= limit].square().mean().sqrt())
+        size = float(view.observed[name].double().square().mean(1).max().sqrt())
+        notes.hint(
+            "noise",
+            f"Rows of {name} that no text needs, which should be zero, are all of the same size: noise of"
+            f" standard deviation about {std:.2g} per number was added, where the largest row has"
+            f" {size:.2g} (estimated).",
+            std=std,
+            rms=size,
+            ratio=std / size,
+        )
+        return std
+    return class_sum_noise(view, storage, notes) if language(view).task == "classification" else None
 
 
 def _decayed(view: View, name: str, notes: Notes) -> bool:

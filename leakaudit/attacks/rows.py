@@ -16,6 +16,7 @@ Projecting the row space out leaves the input side (as long as m and the tokens 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,8 @@ from torch import Tensor
 from leakaudit.models.language import LanguageVictim
 from leakaudit.threat import View
 
+IMAGES = "it reconstructs text, this model takes images"
+"""Why attacks on text do not run on other models."""
 LEVERAGE = 0.5
 INSIDE = 1e-3
 """Relative distance from the score side, up to which a row belongs to it."""
@@ -34,10 +37,8 @@ FALSE_ALARMS = 1e-3
 """Rows of noise taken for tokens, expected over the whole vocabulary."""
 CLEAR = 6.0
 """Standard deviations that a number must stand out from noise."""
-QUIET = 1.5
-"""Length of a row over that of the shortest, up to which both are noise."""
-MAD = 0.6745
-"""Median of |z| for a standard normal z."""
+COMPARED = 256
+"""Rows that are looked at for right angles."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,12 @@ def text_victim(view: View) -> LanguageVictim | None:
     return view.victim if isinstance(view.victim, LanguageVictim) else None
 
 
+def language(view: View) -> LanguageVictim:
+    """The victim of a view that is known to be of text."""
+    assert isinstance(view.victim, LanguageVictim)
+    return view.victim
+
+
 def read_rows(view: View) -> Rows | None:
     """None when the word embedding's gradient was not shared, or is zero."""
     victim = text_victim(view)
@@ -101,28 +108,48 @@ def read_rows(view: View) -> Rows | None:
 
 
 def noise_level(view: View) -> float:
-    """Standard deviation of noise per number: as known, else the size of rows that should be zero.
-
-    These are the shortest rows of the word embedding, or of the positions where the former is tied.  A tied
-    model whose every position is in use has none, and its shortest are taken for noise.
-    """
+    """Standard deviation of noise per number: as known, else as rows show it that should be zero; 0 without."""
     if view.knowledge.noise_std.value:
         return float(view.knowledge.noise_std.value)
-    victim = text_victim(view)
-    assert victim is not None
-    name = victim.position if victim.tied else victim.word
-    if name is None or name not in view.observed:
-        return 0.0
-    rows = view.observed[name].double()
-    lengths = rows.norm(dim=1)
-    unused = rows[lengths <= QUIET * lengths.min()]
-    return float(unused.abs().median()) / MAD
+    found = noisy_rows(view)
+    return 0.0 if found is None else found[1]
+
+
+def noisy_rows(view: View) -> tuple[str, float] | None:
+    """The embedding whose rows that no text needs hold noise, and its standard deviation per number: of the
+    words unless they also score tokens, else of the positions."""
+    victim = language(view)
+    for name in (None if victim.tied else victim.word, victim.position):
+        if name is not None and name in view.observed:
+            std = _common_size(view.observed[name].double())
+            if std is not None:
+                return name, std
+    return None
+
+
+def _common_size(rows: Tensor) -> float | None:
+    """Standard deviation of noise that the smallest tenth of the rows (R, H) consists of; else None.
+
+    Rows of nothing but Gaussian noise are equally large, up to a relative spread of 1 / sqrt(2 H) each, and
+    at right angles, up to cosines of 1 / sqrt(H).
+    """
+    sizes = rows.square().mean(1).sqrt()
+    order = sizes.argsort()[: max(4, len(sizes) // 10)]
+    smallest = rows[order[:COMPARED]]
+    least = float(sizes[order[0]])
+    limit = least * math.exp(2 * math.sqrt(math.log(len(sizes)) / rows.shape[1]))
+    if not least > 0 or float(sizes[order[-1]]) > limit or len(sizes) < 2 * len(order):
+        return None
+    unit = smallest / smallest.norm(dim=1, keepdim=True)
+    cosines = (unit @ unit.T)[~torch.eye(len(unit), dtype=torch.bool, device=unit.device)]
+    if float(cosines.square().mean().sqrt()) > 2 / math.sqrt(rows.shape[1]):
+        return None
+    return float(sizes[sizes <= limit].square().mean().sqrt())
 
 
 def position_rows(view: View, noise: float) -> Tensor:
     """(P, H) rows of the positions in use; (0, H) without a learnt position embedding."""
-    victim = text_victim(view)
-    assert victim is not None
+    victim = language(view)
     if victim.position is None or victim.position not in view.observed:
         return view.observed[victim.word].new_zeros((0, victim.hidden), dtype=torch.float64)
     rows = view.observed[victim.position].double()[victim.first_position :]
@@ -172,9 +199,7 @@ def _tied_rows(word: Tensor, position: Tensor, noise: float, view: View) -> Rows
 def _label_directions(word: Tensor, noise: float, view: View) -> Tensor:
     """The score side's row space as the rows of the labels show it, (m, H) orthonormal; they stand out in the
     bias's gradient, where there is one, with -1 over the number of labelled places each."""
-    victim = text_victim(view)
-    assert victim is not None
-    output = victim.output
+    output = language(view).output
     if output is None or output[1] is None or output[1] not in view.observed:
         return word[:0]
     bias = view.observed[output[1]].double()

@@ -25,6 +25,7 @@ from torch import Tensor
 from leakaudit.attacks.base import Monitor, Reconstruction
 from leakaudit.attacks.head import head_gradient
 from leakaudit.attacks.optimise import Candidate
+from leakaudit.attacks.rows import IMAGES, language, noise_level, position_rows
 from leakaudit.models.language import IGNORED, LanguageVictim
 from leakaudit.models.spaces import NO_TOKEN, Tokens
 from leakaudit.threat import View
@@ -164,13 +165,14 @@ def lay_out(view: View, lengths: str | None) -> Sentences | str:
         if len(numbers) != count:
             return f"lengths={lengths} are of {len(numbers)} sentences, the update is of {count}"
     else:
-        longest = _observed_length(view)
-        if longest is None:
+        longest = len(position_rows(view, noise_level(view)))
+        if longest == 0:
             return (
                 "how many tokens a sentence has is not known: the update holds no gradient of learnt"
                 " position rows (state lengths=12, or lengths=12+9 for two sentences)"
             )
-        numbers = [longest] * count
+        last = int(victim.task == "causal-lm")  # only a label, so without a gradient
+        numbers = [min(longest + last, victim.space.max_length)] * count
     if not all(1 <= number <= victim.space.max_length for number in numbers):
         return f"sentences of {max(numbers)} tokens; the model takes 1 to {victim.space.max_length}"
     places = torch.arange(max(numbers), device=victim.device)
@@ -203,39 +205,11 @@ def special_tokens(space: Tokens) -> tuple[list[int], list[int]]:
     return empty[:before], empty[before:]
 
 
-def _observed_length(view: View) -> int | None:
-    """Tokens of the longest sentence: the last position whose row stands out of the noise.
-
-    The last token of a causal language model's sentence has no gradient, for it is only a label; so one more.
-    """
-    victim = language(view)
-    if victim.position is None or victim.position not in view.observed:
-        return None
-    norms = view.observed[victim.position].double().norm(dim=1)[victim.first_position :]
-    width = view.observed[victim.position].shape[1]
-    floor = norms.quantile(0.25) if view.knowledge.noise_std.value is None else noise_norm(view, width)
-    seen = (norms > float(floor) * (1 + 5 / math.sqrt(2 * width))).nonzero()
-    if len(seen) == 0:
-        return None
-    length = int(seen[-1]) + 1 + (victim.task == "causal-lm")
-    return min(length, victim.space.max_length)
-
-
-def noise_norm(view: View, width: int) -> float:
-    """Typical norm of `width` numbers of nothing but the noise that is known to be in the update."""
-    return float(view.knowledge.noise_std.value or 0.0) * math.sqrt(width)
-
-
-def language(view: View) -> LanguageVictim:
-    assert isinstance(view.victim, LanguageVictim)
-    return view.victim
-
-
 def refuse(view: View, lengths: str | None) -> str | None:
     """Why embeddings cannot be matched on this view, or None."""
     victim = view.victim
     if not isinstance(victim, LanguageVictim):
-        return "it reconstructs text, this model takes images"
+        return IMAGES
     found = lay_out(view, lengths)
     if isinstance(found, str):
         return found

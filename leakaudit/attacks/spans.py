@@ -78,7 +78,7 @@ class Span:
 
 def attention_span(victim: LanguageVictim, update: Update, layer: int, noise: float = 0.0) -> Span | None:
     """The span of what enters block `layer`; None where nothing of it was shared."""
-    kinds = list(_matrices(victim, update, layer))
+    kinds = list(gradients(victim, update, layer))
     if not kinds:
         return None
     tests, rank, width, tolerance = [], 0, 0, 0.0
@@ -92,8 +92,9 @@ def attention_span(victim: LanguageVictim, update: Update, layer: int, noise: fl
     return Span(tuple(tests), rank, width, tolerance)
 
 
-def _matrices(victim: LanguageVictim, update: Update, layer: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """(gradient with inputs along its rows, map from inputs to its columns) for every test of a layer."""
+def gradients(victim: LanguageVictim, update: Update, layer: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """(gradient (m, n) in float64 with inputs along its rows, map (n, H) from inputs to its columns; None: as
+    they are) for every test of a layer."""
     whole, factors = [], []
     for name, module in victim.projections(layer):
         if isinstance(module, LoraLinear):
@@ -114,22 +115,48 @@ def _matrices(victim: LanguageVictim, update: Update, layer: int) -> Iterator[tu
 def _row_space(matrix: Tensor, noise: float) -> tuple[Tensor, float]:
     """Orthonormal rows above the noise, and the distance that the noise may add to a true row.
 
-    Noise of standard deviation s per number has singular values up to s (sqrt m + sqrt n), the edge of
-    Marchenko and Pastur 1967; rounding is taken as such noise.  Where every singular value lies above that
-    and the lower half is flat, as noise or quantisation of unknown size makes it, the threshold follows the
-    median (Gavish and Donoho 2014, equation 5).
+    Where every singular value lies above the known noise and the lower half is flat, as noise or quantisation
+    of unknown size makes it, the threshold follows the median (Gavish and Donoho 2014, equation 11).
     """
-    size = float(matrix.square().mean().sqrt())
-    spread = math.hypot(noise, ROUNDING * storage_precision(matrix.float()) * size)
-    edge = spread * (math.sqrt(matrix.shape[0]) + math.sqrt(matrix.shape[1]))
+    edge = edge_of(matrix, noise)
     _, sizes, rows = torch.linalg.svd(matrix, full_matrices=False)
-    median = float(sizes.median())
-    if len(sizes) >= MANY and float(sizes[-1]) > max(edge, FLAT * median):
+    if len(sizes) >= MANY and float(sizes[-1]) > max(edge, FLAT * float(sizes.median())):
         ratio = min(matrix.shape) / max(matrix.shape)
-        edge = median * (0.56 * ratio**3 - 0.95 * ratio**2 + 1.82 * ratio + 1.43)
+        shrunk = 8 * ratio / (ratio + 1 + math.sqrt(ratio**2 + 14 * ratio + 1))
+        edge = noise_of(sizes, matrix) * math.sqrt(max(matrix.shape) * (2 * (ratio + 1) + shrunk))
     rank = int((sizes > edge).sum())
     weakest = float(sizes[rank - 1]) if rank else math.inf
     return rows[:rank], min(0.5, edge / weakest)
+
+
+def edge_of(matrix: Tensor, noise: float) -> float:
+    """The largest singular value that noise of this deviation per number, and rounding, give (m, n) numbers:
+    s (sqrt m + sqrt n), the edge of Marchenko and Pastur 1967; rounding is taken as such noise."""
+    size = float(matrix.square().mean().sqrt())
+    spread = math.hypot(noise, ROUNDING * storage_precision(matrix.float()) * size)
+    return spread * (math.sqrt(matrix.shape[0]) + math.sqrt(matrix.shape[1]))
+
+
+def noise_of(sizes: Tensor, matrix: Tensor, inputs: int = 0) -> float:
+    """Deviation per number of the noise in a gradient, from its singular values (k,), falling.
+
+    It follows from the middle one of those that the `inputs` cannot account for (Gavish and Donoho 2014,
+    section III-E, where `inputs` is 0); 0 where they account for all.
+    """
+    if inputs >= len(sizes):
+        return 0.0
+    short, long = sorted(matrix.shape)
+    middle = inputs + (len(sizes) - inputs) // 2
+    share = (len(sizes) - middle - 0.5) / len(sizes)
+    return float(sizes[middle]) / math.sqrt(long * _marchenko_pastur(short / long, share))
+
+
+def _marchenko_pastur(ratio: float, share: float) -> float:
+    """The eigenvalue below which `share` of those of W W^T / n lie, W (ratio n, n) standard normal."""
+    low, high = (1 - math.sqrt(ratio)) ** 2, (1 + math.sqrt(ratio)) ** 2
+    grid = torch.linspace(low, high, 4002, dtype=torch.float64)[1:-1]
+    below = (((high - grid) * (grid - low)).sqrt() / grid).cumsum(0)
+    return float(grid[int(torch.searchsorted(below, share * below[-1]))])
 
 
 def scan(victim: LanguageVictim, span: Span, tokens: Tensor, positions: int) -> Tensor:

@@ -15,14 +15,13 @@ from torch import Tensor
 from leakaudit.attacks import near_misses
 from leakaudit.attacks.assembly import accepted, assemble, by_evidence, grow
 from leakaudit.attacks.base import Attack, Monitor, Reconstruction, Stop, require_at_least
-from leakaudit.attacks.rows import Rows, place, read_rows, text_victim
+from leakaudit.attacks.rows import IMAGES, Rows, place, read_rows, text_victim
 from leakaudit.attacks.spans import Span, attention_span, scan
 from leakaudit.attacks.token_labels import complete_labels, refine
 from leakaudit.models.language import LanguageVictim
 from leakaudit.models.spaces import NO_TOKEN, stack_sentences
 from leakaudit.threat import View
 
-IMAGES = "it reconstructs text, this model takes images"
 NO_ROWS = "the gradient of the word embedding was not shared (frozen, or LoRA)"
 
 

@@ -15,8 +15,9 @@ Embedding-Subspace Distance Optimization" (arXiv 2606.18312), of which we know t
 are optimised to minimise their distance to the subspace.  The rest is ours:
     w_i is 1 without noise, 0 under the edge of the Marchenko-Pastur law, and in between the squared cosine of
         an observed singular vector with the true one (Benaych-Georges and Nadakuditi 2012);
-    the noise is the known one or what the singular values beyond the number of tokens hold;
-    tokens must also span what was observed (`Span.uncovered`), else several of them settle on one vector:
+    the noise is the known one, that of embedding rows which should be zero, or what the singular values
+        beyond the number of tokens hold;
+    tokens must also span what was observed (`SoftSpan.uncovered`), else several of them settle on one vector:
         MiniLM's 24 tokens from a random start go from 12 right to all;
     the descent is L-BFGS, started from position rows where they were shared, with the norm prior of LAMP;
     tokens are then searched by the same distance among the nearest, and at last by `View.residual`.
@@ -28,26 +29,25 @@ its residual is of no use there and the text alone is to be judged.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
 from leakaudit.attacks.base import Monitor, Reconstruction, require_positive
 from leakaudit.attacks.optimise import Candidate, lbfgs
+from leakaudit.attacks.rows import language, noise_level, place, read_rows
 from leakaudit.attacks.sentences import (
     Seen,
     Sentences,
     check_lengths,
     labelled,
     laid_out,
-    language,
     polish,
     refuse,
 )
+from leakaudit.attacks.spans import edge_of, gradients, noise_of
 from leakaudit.models.language import LanguageVictim
 from leakaudit.models.spaces import NO_TOKEN
 from leakaudit.threat import View
@@ -55,12 +55,15 @@ from leakaudit.threat import View
 WHOLE = 0.9
 """Rank per token from which a span counts as that of all inputs; sentences share their first token."""
 
+MARGIN = 1.02
+"""Of a singular value over the edge of noise, which the largest of noise exceeds now and then."""
+
 RIDGE = 1e-4
 """Added to the Gram matrix of unit vectors before it is inverted."""
 
 
 @dataclass(frozen=True)
-class Span:
+class SoftSpan:
     """What the inputs of one attention layer span, as far as the gradient shows it.
 
     Attributes:
@@ -90,58 +93,22 @@ class Span:
         return ((1 - held) * self.weights).sum() / self.weights.sum()
 
 
-def observed_span(view: View, layer: int, tokens: int) -> Span | None:
+def soft_span(view: View, layer: int, tokens: int) -> SoftSpan | None:
     """The span of a block's attention inputs, of `tokens` vectors at most; None when nothing of it was shared
     or stands out of the noise."""
-    gradients = _projection_gradients(view, layer)
-    if not gradients:
+    victim = language(view)
+    found = [matrix for matrix, mapping in gradients(victim, view.observed, layer) if mapping is None]
+    if not found:
         return None
-    stacked = torch.cat(gradients).double()
-    rows, width = stacked.shape
-    _, values, vectors = torch.linalg.svd(stacked, full_matrices=False)
-    noise = _noise(view, values, rows, width, tokens)
-    rounding = float(values[0]) * max(view.rounding, torch.finfo(view.victim.dtype).eps)
-    edge = max(noise * (math.sqrt(rows) + math.sqrt(width)), rounding)
-    kept = int((values[:tokens] > 1.02 * edge).sum())
+    matrix = torch.cat(found)
+    _, values, vectors = torch.linalg.svd(matrix, full_matrices=False)
+    noise = noise_level(view) or noise_of(values, matrix, tokens)
+    edge = max(edge_of(matrix, noise), float(values[0]) * view.rounding)
+    kept = int((values[:tokens] > MARGIN * edge).sum())
     if kept == 0:
         return None
-    trust = torch.stack([_trust(value, noise, rows, width) for value in values[:kept]])
-    dtype = view.victim.dtype
-    return Span(layer, vectors[:kept].T.to(dtype), trust.to(dtype), kept >= WHOLE * tokens)
-
-
-def _projection_gradients(view: View, layer: int) -> list[Tensor]:
-    """(out, H) gradients of query, key and value, or of their adapters' first halves."""
-    found = []
-    for name, module in language(view).projections(layer):
-        weight = view.observed.get(f"{name}.weight")
-        if weight is not None:
-            found.append(weight.T if isinstance(module, Conv1D) else weight)
-        adapter = view.observed.get(f"{name}.lora_A.weight")
-        if adapter is not None and bool(adapter.any()):
-            found.append(adapter)
-    return found
-
-
-def _noise(view: View, values: Tensor, rows: int, width: int, tokens: int) -> float:
-    """Deviation per number: as known, else from the middle one of the singular values that the tokens cannot
-    account for (after Gavish and Donoho 2014)."""
-    if view.knowledge.noise_std.value:
-        return float(view.knowledge.noise_std.value)
-    if tokens >= len(values):
-        return 0.0
-    short, long = sorted((rows, width))
-    middle = tokens + (len(values) - tokens) // 2
-    share = (len(values) - middle - 0.5) / len(values)
-    return float(values[middle]) / math.sqrt(long * _marchenko_pastur(short / long, share))
-
-
-def _marchenko_pastur(ratio: float, share: float) -> float:
-    """The eigenvalue below which `share` of those of W W^T / n lie, W (ratio n, n) standard normal."""
-    low, high = (1 - math.sqrt(ratio)) ** 2, (1 + math.sqrt(ratio)) ** 2
-    grid = torch.linspace(low, high, 4002, dtype=torch.float64)[1:-1]
-    below = (((high - grid) * (grid - low)).sqrt() / grid).cumsum(0)
-    return float(grid[int(torch.searchsorted(below, share * below[-1]))])
+    trust = torch.stack([_trust(value, noise, *matrix.shape) for value in values[:kept]])
+    return SoftSpan(layer, vectors[:kept].T.to(victim.dtype), trust.to(victim.dtype), kept >= WHOLE * tokens)
 
 
 def _trust(value: Tensor, noise: float, rows: int, width: int) -> Tensor:
@@ -157,59 +124,30 @@ def _trust(value: Tensor, noise: float, rows: int, width: int) -> Tensor:
     return ((x2.square() - ratio) / (x2.square() + slack)).clamp(1e-6, 1)
 
 
-class _Enough(Exception):
-    """Ends a forward pass whose rest is not needed."""
-
-
-def attention_inputs(victim: LanguageVictim, x: Tensor, layers: Sequence[int]) -> list[Tensor]:
-    """What enters the attention of each of `layers` (ascending), (N, L, H), differentiable in embeddings x."""
-    kept: list[Tensor] = []
-
-    def keep(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        kept.append(inputs[0])
-        if len(kept) == len(layers):
-            raise _Enough
-
-    handles = [victim.projections(n)[0][1].register_forward_pre_hook(keep) for n in layers]
-    try:
-        victim.logits(victim.params, x)
-    except _Enough:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    return kept
-
-
 def position_start(view: View, sentences: Sentences) -> Tensor | None:
-    """(1, L) tokens of a single sentence from position rows; None where they do not tell.
-
-    The row of a position and the row of its token hold the same gradient, so the cosine is 1 for the right
-    pair; rows of nothing but known noise count as at least as long as that noise.
-    """
+    """(1, L) tokens of a single sentence from position rows; None where they do not tell."""
     victim = language(view)
     if victim.position is None or victim.tied or view.round.num_examples > 1:
         return None
-    if victim.position not in view.observed or victim.word not in view.observed:
+    if victim.position not in view.observed:
+        return None
+    rows = read_rows(view)
+    if rows is None or len(rows.tokens) == 0:
         return None
     length = sentences.there.shape[1]
     positions = view.observed[victim.position][victim.first_position :][:length].double()
-    words = view.observed[victim.word].double()
-    lengths = words.norm(dim=1)
-    noise = float(view.knowledge.noise_std.value or 0) * math.sqrt(words.shape[1])
-    scores = (positions @ words.T) / lengths.clamp_min(max(noise, float(lengths.max()) * 1e-9))
-    tokens = scores.argmax(dim=1)[None]
+    tokens = place(replace(rows, position=positions))[None]
     return tokens.where(sentences.fixed == NO_TOKEN, sentences.fixed).where(sentences.there, NO_TOKEN)
 
 
 @dataclass(frozen=True)
 class SpanDistance:
-    """Mean over layers and tokens of `Span.distance`, what of the spans is not covered, and the norm prior;
+    """Mean over layers and tokens of `SoftSpan.distance`, what of the spans is not covered, and the norm prior;
     for (F, H) candidates."""
 
     victim: LanguageVictim
     sentences: Sentences
-    spans: tuple[Span, ...]
+    spans: tuple[SoftSpan, ...]
     norm: float = 0.0
     coverage: float = 0.0
 
@@ -233,7 +171,7 @@ class SpanDistance:
 
     def _inputs(self, embeddings: Tensor, there: Tensor) -> list[Tensor]:
         layers = [span.layer for span in self.spans]
-        return [h[there] for h in attention_inputs(self.victim, embeddings, layers)]
+        return [h[there] for h in self.victim.inputs_of_attention(embeddings, layers)]
 
     def of_tokens(self, tokens: Tensor) -> Tensor:
         """(N,) summed distance of sentences of token numbers (N, L) that are as long as one another."""
@@ -316,9 +254,9 @@ class Tiger:
         found = polish(seen, near[:, :3], labels.y.detach(), monitor, self.polish)
         return replace(found, details={"ranks": [span.basis.shape[1] for span in spans]})
 
-    def _spans(self, view: View, sentences: Sentences) -> tuple[Span, ...]:
+    def _spans(self, view: View, sentences: Sentences) -> tuple[SoftSpan, ...]:
         tokens = int(sentences.there.sum())
-        found = [observed_span(view, n, tokens) for n in range(min(self.layers, language(view).depth))]
+        found = [soft_span(view, n, tokens) for n in range(min(self.layers, language(view).depth))]
         return tuple(span for span in found if span is not None)
 
     def _likely(self, objective: SpanDistance, x: Tensor) -> Tensor:

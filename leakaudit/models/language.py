@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from logging import ERROR, getLogger
@@ -222,7 +222,12 @@ class LanguageVictim(Victim):
 
     def attention_inputs(self, x: Tensor, layer: int) -> Tensor:
         """What enters the attention of block `layer`, (N, L, H), without gradient; later blocks do not run."""
-        return self._input_of(self.projections(layer)[0][1], x)
+        with torch.no_grad():
+            return self.inputs_of_attention(x, [layer])[0]
+
+    def inputs_of_attention(self, x: Tensor, layers: Sequence[int]) -> list[Tensor]:
+        """The same for several blocks, ascending, differentiable in embeddings x."""
+        return self._inputs_of([self.projections(layer)[0][1] for layer in layers], x)
 
     def head_inputs(self, x: Tensor) -> Tensor | None:
         """What enters the layer that makes the scores, without gradient: (N, F), or (N, L, H) for a task on
@@ -230,28 +235,33 @@ class LanguageVictim(Victim):
         if self.task != "classification":
             module: Any = self.module
             layer = module.get_output_embeddings()
-            return None if layer is None else self._input_of(layer, x)
+            if layer is None:
+                return None
+            with torch.no_grad():
+                return self._inputs_of([layer], x)[0]
         if self.classifier() is None:
             return None
         with torch.no_grad():
             return self.features(x)
 
-    def _input_of(self, module: nn.Module, x: Tensor) -> Tensor:
+    def _inputs_of(self, modules: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+        """What enters each of the modules, which run in this order; nothing runs after the last."""
         kept: list[Tensor] = []
 
         def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             kept.append(inputs[0])
-            raise _Enough
+            if len(kept) == len(modules):
+                raise _Enough
 
-        handle = module.register_forward_pre_hook(keep)
+        handles = [module.register_forward_pre_hook(keep) for module in modules]
         try:
-            with torch.no_grad():
-                self.logits(self.params, x)
+            self.logits(self.params, x)
         except _Enough:
             pass
         finally:
-            handle.remove()
-        return kept[0]
+            for handle in handles:
+                handle.remove()
+        return kept
 
     @property
     def _base(self) -> nn.Module:

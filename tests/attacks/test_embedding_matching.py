@@ -46,7 +46,7 @@ from leakaudit.attacks.sentences import (
     order,
     special_tokens,
 )
-from leakaudit.attacks.tiger import SpanDistance, Tiger, attention_inputs, observed_span, position_start
+from leakaudit.attacks.tiger import SpanDistance, Tiger, position_start, soft_span
 from leakaudit.models.language import IGNORED, LanguageVictim, Task, language_victim
 from leakaudit.models.spaces import NO_TOKEN
 from leakaudit.randomness import fork
@@ -266,7 +266,7 @@ def test_slopes_of_matching_losses_are_those_of_finite_differences(distance, kin
 def test_slopes_of_the_span_distance_are_those_of_finite_differences() -> None:
     view = view_of_sentence(bert()).to(dtype=torch.float64)
     sentences = laid_out(view, None)
-    spans = [observed_span(view, n, 6) for n in (0, 1)]
+    spans = [soft_span(view, n, 6) for n in (0, 1)]
     loss = SpanDistance(bert().to(dtype=torch.float64), sentences, tuple(s for s in spans if s), 0.1, 1.0)
     x = sentences.start(torch.Generator().manual_seed(0))
     empty = torch.empty(0)
@@ -306,12 +306,12 @@ def test_placed_labels_put_each_label_somewhere_else() -> None:
 
 
 @pytest.mark.parametrize("make", [bert, gpt2])
-def test_the_true_inputs_lie_in_the_observed_span(make: Callable[[], LanguageVictim]) -> None:
+def test_the_true_inputs_lie_in_the_soft_span(make: Callable[[], LanguageVictim]) -> None:
     victim = make()
     view = view_of_sentence(victim)
     seen = slice(0, 5 if victim.task == "causal-lm" else 6)
     for layer in (0, 1):
-        span = observed_span(view, layer, seen.stop)
+        span = soft_span(view, layer, seen.stop)
         assert span is not None
         assert span.basis.shape[1] == (5 if layer == 1 else seen.stop)  # two heads that read one token
         assert span.whole == (span.basis.shape[1] == seen.stop)
@@ -325,11 +325,11 @@ def test_the_true_inputs_lie_in_the_observed_span(make: Callable[[], LanguageVic
 def test_the_rank_is_what_stands_out_of_the_noise() -> None:
     view = view_of_sentence(bert())
     generator = torch.Generator().manual_seed(2)
-    clean = observed_span(view, 0, 6)
+    clean = soft_span(view, 0, 6)
     noise = view.observed.map(lambda g: 1e-3 * torch.randn(g.shape, generator=generator))
     for knowledge in (Knowledge(), Knowledge(noise_std=known(1e-3, "stated"))):
-        assert observed_span(replace(view, observed=noise, knowledge=knowledge), 0, 6) is None
-        both = observed_span(replace(view, observed=view.observed + noise, knowledge=knowledge), 0, 6)
+        assert soft_span(replace(view, observed=noise, knowledge=knowledge), 0, 6) is None
+        both = soft_span(replace(view, observed=view.observed + noise, knowledge=knowledge), 0, 6)
         assert clean is not None
         assert both is not None
         assert 1 <= both.basis.shape[1] <= clean.basis.shape[1]
@@ -338,7 +338,7 @@ def test_the_rank_is_what_stands_out_of_the_noise() -> None:
 
 def test_attention_inputs_are_those_of_the_victim() -> None:
     victim = bert()
-    ours = attention_inputs(victim, victim.word_rows[GOLDEN], [0, 1])
+    ours = victim.inputs_of_attention(victim.word_rows[GOLDEN], [0, 1])
     for layer in (0, 1):
         torch.testing.assert_close(ours[layer], victim.attention_inputs(GOLDEN, layer))
 
