@@ -148,20 +148,19 @@ def by_evidence(victim: LanguageVictim, sentences: list[list[int]]) -> list[list
 def assemble(view: View, rows: Rows, generator: torch.Generator, monitor: Monitor) -> tuple[Tensor, int]:
     """The sentences of an encoder's batch (N, L), and how many of them passed the second layer's test.
 
-    Those that passed come first; what could not be found is filled up with the best guess for the longest
-    sentence left.
+    Those that passed come first; what could not be found is filled up with the best guesses, one a length.
     """
     found: list[list[int]] = []
-    guess: list[int] | None = None
+    guesses: list[list[int]] = []
     rest, current = view, rows
     count = view.round.num_examples
     while len(found) < count and current.length and len(current.tokens):
         search = _Search.of(rest, current, generator)
         if search is None:
             break
-        sentence, distance = search.any_length(monitor)
+        (sentence, distance), *others = search.any_length(monitor)
         if distance >= search.known.limit:
-            guess = sentence
+            guesses = [sentence, *(other for other, _ in others)]
             break
         if sentence in found:  # its share was not taken out as it should have been
             break
@@ -170,7 +169,7 @@ def assemble(view: View, rows: Rows, generator: torch.Generator, monitor: Monito
         if monitor.step(distance, stack_sentences(found), torch.zeros(0)) and len(found) < count:
             break
         rest, current = peeled.rest, _significant(read_rows(peeled.rest), rows)
-    sentences = [*found, *([] if guess is None else [guess])][:count]
+    sentences = [*found, *guesses][:count]
     if not sentences:
         raise RuntimeError("no token passes the membership test of the first layer at some position")
     return stack_sentences(sentences).to(view.victim.device), len(found)
@@ -209,11 +208,11 @@ class _Search:
             return None
         return cls(_Climb(victim, known, second), known, rows, generator)
 
-    def any_length(self, monitor: Monitor) -> tuple[list[int], float]:
-        """The best sentence and its mean distance: of the greatest length, else of another likely one.
+    def any_length(self, monitor: Monitor) -> list[tuple[list[int], float]]:
+        """Sentences and their mean distances, one a length that was tried, the nearest first.
 
         The longest, whose end is known, gets one try; then all get a few kicks, the short and cheap ones
-        first, before they get many.
+        first, before they get many; the first that passes ends the search.
         """
         longest, *others = self._lengths()
         lengths = [*sorted(others), longest]
@@ -223,8 +222,8 @@ class _Search:
             best[length] = self._of_length(length, kicks, best.get(length))
             if best[length][1].mean() < self.known.limit or monitor.late:
                 break
-        chosen, here = best[length] if best[length][1].mean() < self.known.limit else best[longest]
-        return self.known.tokens[chosen].tolist(), float(here.mean())
+        found = [(self.known.tokens[chosen].tolist(), float(here.mean())) for chosen, here in best.values()]
+        return sorted(found, key=lambda sentence: sentence[1])
 
     def _lengths(self) -> list[int]:
         """The greatest, then where the tokenizer ends every sentence alike the likeliest other places of that

@@ -17,7 +17,7 @@ Projecting the row space out leaves the input side (as long as m and the tokens 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from scipy.stats import chi2
@@ -35,6 +35,8 @@ RANK_FLOOR = 1e-8
 """Eigenvalue of the Gram matrix of rows of length 1, below which a direction is rounding."""
 FALSE_ALARMS = 1e-3
 """Rows of noise taken for tokens, expected over the whole vocabulary."""
+WIDER = 2
+"""Tokens of the whole vocabulary that are added for each position under noise."""
 CLEAR = 6.0
 """Standard deviations that a number must stand out from noise."""
 COMPARED = 256
@@ -231,6 +233,18 @@ def _principal(rows: Tensor) -> tuple[Tensor, Tensor]:
 def _without(rows: Tensor, basis: Tensor) -> Tensor:
     """The part of each row that is orthogonal to the basis."""
     return rows - (rows @ basis.T) @ basis
+
+
+def widened(view: View, rows: Rows) -> Rows:
+    """Under noise, also the tokens whose rows overlap most with a position's: together the two rows show what
+    neither shows by itself.  Unchanged where the tokens are certain or ranked already."""
+    victim = text_victim(view)
+    if victim is None or rows.certain or rows.ranked or not rows.noise or not rows.length:
+        return rows
+    word = view.observed[victim.word].double()
+    best = (rows.position @ word.T - word.square().sum(dim=1) / 2).topk(WIDER, dim=1).indices
+    tokens = torch.cat([rows.tokens, best.flatten()]).unique()  # type: ignore[no-untyped-call]
+    return replace(rows, tokens=tokens, word=word[tokens])
 
 
 def overlaps(rows: Rows) -> Tensor:

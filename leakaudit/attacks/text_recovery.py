@@ -15,7 +15,7 @@ from torch import Tensor
 from leakaudit.attacks import near_misses
 from leakaudit.attacks.assembly import accepted, assemble, by_evidence, grow
 from leakaudit.attacks.base import Attack, Monitor, Reconstruction, Stop, require_at_least
-from leakaudit.attacks.rows import IMAGES, Rows, place, read_rows, text_victim
+from leakaudit.attacks.rows import IMAGES, Rows, place, read_rows, text_victim, widened
 from leakaudit.attacks.spans import Span, attention_span, scan
 from leakaudit.attacks.token_labels import complete_labels, refine
 from leakaudit.models.language import LanguageVictim
@@ -95,7 +95,7 @@ class PositionRows:
         polish: updates to simulate at most for texts near the one found, where noise or pruning leaves doubt.
     """
 
-    polish: int = 60
+    polish: int = 12
     restarts: int = 1
 
     def __post_init__(self) -> None:
@@ -120,6 +120,7 @@ class PositionRows:
         victim, rows = text_victim(view), read_rows(view)
         assert victim is not None
         assert rows is not None
+        rows = widened(view, rows)
         monitor.start(1)
         sentence = place(rows)[None]
         if victim.task == "causal-lm":
