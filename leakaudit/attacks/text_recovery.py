@@ -92,7 +92,7 @@ class PositionRows:
     Needs learnt absolute positions.  Exact without noise; with it, each place has the most likely token.
 
     Attributes:
-        polish: updates to simulate at most for texts near the one found, where noise or pruning leaves doubt.
+        polish: updates to simulate at most for texts near the one found, where noise leaves doubt.
     """
 
     polish: int = 12
@@ -126,7 +126,7 @@ class PositionRows:
         if victim.task == "causal-lm":
             sentence = with_last_tokens(view, victim, sentence)
         sentence, y = fitted(view, sentence, rows)
-        if not rows.certain:  # exact rows are surer than the residual, which unknown dropout disturbs
+        if rows.noise:  # else rows are surer than the residual, which pruning or unknown dropout disturbs
             sentence, y, _ = near_misses.search(view, sentence, y, rows, monitor, self.polish)
         return conclude(view, sentence, y, monitor, {"length": rows.length})
 
