@@ -42,11 +42,11 @@ from leakaudit.attacks.sentences import (
     labelled,
     laid_out,
     lay_out,
-    masked_labels,
     order,
     special_tokens,
 )
 from leakaudit.attacks.tiger import SpanDistance, Tiger, position_start, soft_span
+from leakaudit.attacks.token_labels import masked_labels
 from leakaudit.models.language import IGNORED, LanguageVictim, Task, language_victim
 from leakaudit.models.spaces import NO_TOKEN
 from leakaudit.randomness import fork
