@@ -18,7 +18,7 @@ from leakaudit.errors import InputError
 from leakaudit.formats.phrases import counted, first_line, listing, quoted
 from leakaudit.formats.reading import read_safetensors
 from leakaudit.formats.writing import save_tensors
-from leakaudit.models.language import IGNORED, Task
+from leakaudit.models.language import IGNORED, Task, text_as_labels
 from leakaudit.models.spaces import NO_TOKEN, Tokens
 from leakaudit.randomness import fork
 
@@ -164,7 +164,7 @@ def private_text(
     elif task == "mlm":
         tokens, y = _mask(tokens, names, space, seed)
     else:
-        y = tokens.masked_fill(tokens == NO_TOKEN, IGNORED)
+        y = text_as_labels(tokens)
     return PrivateText(tokens, y, tuple(texts), tuple(names), task, notes=notes)
 
 

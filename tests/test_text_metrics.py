@@ -180,7 +180,7 @@ def test_the_truth_scores_one_wherever_it_is_measured(batch: list[list[int]]) ->
         assert example["exact-match"] == 1
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(found=st.lists(sentences, min_size=1, max_size=4), batch=batches, data=st.data())
 def test_scores_are_in_range_and_do_not_depend_on_the_order(
     found: list[list[int]], batch: list[list[int]], data: st.DataObject

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -10,11 +9,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from text_rounds import tiny_victim
 
 from leakaudit.attacks import registry
 from leakaudit.attacks.base import Monitor, Reconstruction
 from leakaudit.bundled import tiny_model
-from leakaudit.models.language import LanguageVictim, load_language_victim
+from leakaudit.models.language import LanguageVictim
 from leakaudit.models.spaces import Tokens
 from leakaudit.rounds import Round, client_update
 from leakaudit.text_data import PrivateText, private_text
@@ -26,9 +26,8 @@ BERT = f"hf:{tiny_model('bert')}"
 GPT2 = f"hf:{tiny_model('gpt2')}"
 
 
-@functools.cache
 def text_victim(model: str = "bert", task: str = "classification") -> LanguageVictim:
-    return load_language_victim(f"hf:{tiny_model(model)}", task)  # type: ignore[arg-type]
+    return tiny_victim(model, task)  # type: ignore[arg-type]
 
 
 def space_of(model: str = "bert") -> Tokens:

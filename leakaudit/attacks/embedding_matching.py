@@ -37,8 +37,7 @@ from leakaudit.attacks.sentences import (
 )
 from leakaudit.attacks.tiger import TIGER
 from leakaudit.errors import InputError
-from leakaudit.models.language import IGNORED, LanguageVictim, load_language_victim
-from leakaudit.models.spaces import NO_TOKEN
+from leakaudit.models.language import LanguageVictim, load_language_victim, text_as_labels
 from leakaudit.threat import View
 from leakaudit.update import Update
 
@@ -331,7 +330,7 @@ class LanguageModelPrior:
         score = value(objective, candidate)
         if prior is not None:
             tokens = objective.sentences.nearest(candidate.x)
-            labels = tokens.where(tokens != NO_TOKEN, IGNORED)
+            labels = text_as_labels(tokens)
             with torch.no_grad():
                 score += self.perplexity * float(prior.loss(prior.params, tokens, labels))
         return score

@@ -62,9 +62,9 @@ AUTO = (
 TEXT_AUTO = ("bag-of-tokens", "position-rows", "span-check", "tiger", "lamp")
 """What `auto` tries on text, from cheap to dear."""
 
-EXACT = ("linear", "patch-embedding", "levenberg-marquardt", "dlg", "idlg")
-"""Attacks without a prior on images: once the update is matched, another match tells nothing new,
-while a prior can still choose among the inputs that share the update."""
+EXACT = ("linear", "patch-embedding", "levenberg-marquardt", "dlg", "idlg", *TEXT_ATTACKS)
+"""Attacks without a prior on images, or as `auto` runs them on texts: once the update is matched, another
+match tells nothing new, while a prior can still choose among the inputs that share the update."""
 
 
 def medium_of_attack(name: str) -> Literal["images", "text"]:

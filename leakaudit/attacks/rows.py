@@ -252,6 +252,15 @@ def overlaps(rows: Rows) -> Tensor:
     return _without(rows.position, rows.outputs) @ rows.word.T
 
 
+def evidence(rows: Rows, sentence: Tensor) -> Tensor:
+    """(P, n) how much of each token's row the row of each position explains, the others at the places that
+    the sentence (L,) gives them: its coordinate descent puts the largest in its place."""
+    position = _without(rows.position, rows.outputs)[: len(sentence)]
+    own = (rows.tokens == sentence[: len(position), None]).to(position.dtype)
+    left = rows.word - own.T @ position
+    return position @ left.T + own * position.square().sum(dim=1, keepdim=True)
+
+
 def place(rows: Rows) -> Tensor:
     """For one sentence: the token of each position, (P,) int64, by matching position rows to word rows.
 

@@ -24,15 +24,14 @@ from torch import Tensor
 
 from leakaudit.attacks.base import Monitor, Reconstruction
 from leakaudit.attacks.head import head_gradient
+from leakaudit.attacks.near_misses import REPRODUCED, descend, put
 from leakaudit.attacks.optimise import Candidate
 from leakaudit.attacks.rows import IMAGES, language, noise_level, position_rows
-from leakaudit.models.language import IGNORED, LanguageVictim
+from leakaudit.attacks.token_labels import masked_labels
+from leakaudit.models.language import IGNORED, LanguageVictim, text_as_labels
 from leakaudit.models.spaces import NO_TOKEN, Tokens
 from leakaudit.threat import View
 from leakaudit.update import Update
-
-MATCHED = 1e-5
-"""Relative residual of token numbers below which nothing is left to find: they are what was shared."""
 
 NEAR = 8
 """Nearest tokens of an embedding that are tried at other places."""
@@ -324,7 +323,7 @@ class NextTokens:
         return weights
 
     def hard(self, y: Tensor, tokens: Tensor) -> Tensor:
-        return tokens.where(tokens != NO_TOKEN, IGNORED)
+        return text_as_labels(tokens)
 
 
 @dataclass(frozen=True)
@@ -391,29 +390,6 @@ def labelled(view: View, sentences: Sentences, joint: bool = False) -> Labelling
     return found
 
 
-def masked_labels(view: View, most: int) -> Tensor | str:
-    """(M,) labels of a masked language model with their repetitions, or why they cannot be told.
-
-    The output bias's gradient is  db = 1/M sum_i (p_i - onehot(y_i)),  so  n_v = M p_v - M db_v  with p_v > 0
-    the mean probability of v.  M is the smallest number for which the labels, each counted
-    ceil(-M db_v) times, are M.  A model certain of its labels hides repetitions: then M comes out too small.
-    """
-    output = language(view).output
-    if output is None or output[1] is None or output[1] not in view.observed:
-        return "the labels cannot be told: the update holds no gradient of the output layer's bias"
-    if view.round.local_steps > 1 or view.scale_free:
-        return "the labels cannot be told: the output bias counts them only in one local step of known scale"
-    shares = -view.observed[output[1]].double()
-    around = shares.median()
-    floor = 8 * float((shares - around).abs().median())
-    values = ((shares > 0) & (shares - around > floor) & (shares > 1e-6)).nonzero().flatten()
-    for total in range(max(1, len(values)), most + 1):
-        counts = (total * shares[values] - 1e-3).ceil().long().clamp(min=1)
-        if int(counts.sum()) == total:
-            return values.repeat_interleave(counts)
-    return "the labels cannot be told: the output bias's gradient is not that of so many labelled positions"
-
-
 @dataclass
 class Seen:
     """Token numbers of the last candidate and whether they reproduce the update, which is proof."""
@@ -436,7 +412,7 @@ class Seen:
         if self.tokens is None or not torch.equal(tokens, self.tokens):
             self.tokens, self.labels = tokens, labels
             self.residual = self.view.residual(tokens, labels)
-        return self.residual < MATCHED
+        return self.residual < REPRODUCED
 
     def keep(self, monitor: Monitor) -> None:
         """Make the proven tokens the monitor's best."""
@@ -459,28 +435,20 @@ def polish(
     """
     if monitor.stopped in ("budget", "interrupted") or monitor.best_x is None:
         return monitor.result()
-    tokens, free = monitor.best_x.clone(), seen.sentences.free.nonzero()
-    best = seen.view.residual(tokens, seen.labelling.hard(labels, tokens))
-    left, stopped = evaluations, monitor.stopped
+    places = seen.sentences.free.nonzero().tolist()
+    edits = [
+        put(row, column, token)
+        for choice in candidates.T.tolist()
+        for (row, column), token in zip(places, choice, strict=True)
+    ]
+
+    def hard(tokens: Tensor) -> Tensor:
+        return seen.labelling.hard(labels, tokens)
+
     monitor.forget_best()
-    monitor.start(evaluations, target=MATCHED)
-    done = monitor.step(best, tokens, seen.labelling.hard(labels, tokens))
-    improved = True
-    while improved and left > 0 and not done:
-        improved = False
-        for choice in range(candidates.shape[1]):
-            for place, (row, column) in enumerate(free.tolist()):
-                if done or left <= 0 or int(candidates[place, choice]) == int(tokens[row, column]):
-                    continue
-                trial = tokens.clone()
-                trial[row, column] = candidates[place, choice]
-                truth = seen.labelling.hard(labels, trial)
-                residual = seen.view.residual(trial, truth)
-                left -= 1
-                if residual < best:
-                    best, tokens, improved = residual, trial, True
-                done = monitor.step(residual, trial, truth)
-    return ending(monitor.result(monitor.stopped if done else stopped))
+    tokens = monitor.best_x
+    descend(seen.view, tokens, hard(tokens), edits, hard, monitor, evaluations)
+    return ending(monitor.result())
 
 
 def ending(found: Reconstruction) -> Reconstruction:

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from leakaudit.attacks.rows import Rows
-from leakaudit.models.language import IGNORED, LanguageVictim
+from leakaudit.attacks.rows import Rows, language
+from leakaudit.models.language import IGNORED, LanguageVictim, text_as_labels
 from leakaudit.models.spaces import NO_TOKEN
 from leakaudit.threat import View
 
@@ -32,10 +32,9 @@ WRONG = 0.5
 
 def complete_labels(view: View, x: Tensor, rows: Rows | None) -> Tensor:
     """y for sentences x (N, L), as `LanguageVictim` takes it: the likeliest labels given the update."""
-    victim = view.victim
-    assert isinstance(victim, LanguageVictim)
+    victim = language(view)
     if victim.task == "causal-lm":
-        return x.where(x != NO_TOKEN, IGNORED)
+        return text_as_labels(x)
     if victim.task == "mlm":
         return _masked_labels(view, victim, x, rows)
     given = view.knowledge.labels
@@ -57,8 +56,7 @@ def refine(view: View, x: Tensor, y: Tensor, places: Tensor) -> Tensor:
     difference of observed and simulated score rows; labels change until none of that is left.  In
     causal-lm `places` are those of the labels, one after the place that is scored.
     """
-    victim = view.victim
-    assert isinstance(victim, LanguageVictim)
+    victim = language(view)
     output, features = victim.output, victim.head_inputs(x)
     if output is None or features is None or output[0] not in view.observed:
         return _by_sensitivity(view, victim, x, y, places)
@@ -148,7 +146,7 @@ def _masked_labels(view: View, victim: LanguageVictim, x: Tensor, rows: Rows | N
     if victim.tied and rows is not None:
         gradient = _score_side(gradient, x, rows)
     scores = _coefficients(gradient, inside[labelled])
-    tokens = _label_multiset(view, victim, len(labelled))
+    tokens = _bias_labels(view, len(labelled), len(labelled))
     chosen = _assign(scores, tokens)
     for place, token in zip(there[labelled].tolist(), chosen.tolist(), strict=True):
         y[place[0], place[1]] = token
@@ -166,14 +164,43 @@ def _score_side(gradient: Tensor, x: Tensor, rows: Rows) -> Tensor:
     return cleaned
 
 
-def _label_multiset(view: View, victim: LanguageVictim, places: int) -> Tensor | None:
-    """The labels of all places together, from the bias's gradient: sum of softmax minus counts, over places."""
-    outputs = victim.output
-    if outputs is None or outputs[1] is None or outputs[1] not in view.observed:
+def masked_labels(view: View, most: int) -> Tensor | str:
+    """(M,) labels of a masked language model with their repetitions, M up to `most`, or why they cannot be told.
+
+    M is the smallest number that `_bias_labels` bears out.  A model certain of its labels hides repetitions:
+    then M comes out too small.
+    """
+    output = language(view).output
+    if output is None or output[1] is None or output[1] not in view.observed:
+        return "the labels cannot be told: the update holds no gradient of the output layer's bias"
+    if view.round.local_steps > 1 or view.scale_free:
+        return "the labels cannot be told: the output bias counts them only in one local step of known scale"
+    labels = _bias_labels(view, 1, most)
+    if labels is None:
+        return (
+            "the labels cannot be told: the output bias's gradient is not that of so many labelled positions"
+        )
+    return labels
+
+
+def _bias_labels(view: View, least: int, most: int) -> Tensor | None:
+    """(M,) labels of all places together, least <= M <= most, from the gradient of the output layer's bias.
+
+    It is  db = 1/M sum_i (p_i - onehot(y_i)),  so  n_v = M p_v - M db_v  with p_v > 0 the mean probability of
+    v.  M is the smallest number for which the labels, each counted ceil(-M db_v) times, are M.
+    """
+    output = language(view).output
+    if output is None or output[1] is None or output[1] not in view.observed:
         return None
-    counts = (-places * view.observed[outputs[1]].double()).round().clamp(min=0).long()
-    tokens = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
-    return tokens if len(tokens) == places else None
+    shares = -view.observed[output[1]].double()
+    around = shares.median()
+    floor = 8 * float((shares - around).abs().median())
+    values = ((shares > 0) & (shares - around > floor) & (shares > 1e-6)).nonzero().flatten()
+    for total in range(max(least, len(values)), most + 1):
+        counts = (total * shares[values] - 1e-3).ceil().long().clamp(min=1)
+        if int(counts.sum()) == total:
+            return values.repeat_interleave(counts)
+    return None
 
 
 def _row_basis(gradient: Tensor) -> Tensor:

@@ -271,6 +271,11 @@ class LanguageVictim(Victim):
         return next(name for name, tensor in self.module.named_parameters() if tensor is weight)
 
 
+def text_as_labels(x: Tensor) -> Tensor:
+    """Labels y (N, L) of a causal language model for token numbers x (N, L): the text itself."""
+    return x.where(x != NO_TOKEN, IGNORED)
+
+
 def _there(x: Tensor) -> Tensor:
     """(N, L): where a sentence has a token, or an embedding."""
     return ~x.isnan().any(dim=-1) if x.is_floating_point() else x != NO_TOKEN
