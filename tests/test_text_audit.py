@@ -210,7 +210,9 @@ def test_api_audit(tmp_path: Path, model: str, task: str) -> None:
 def test_the_demo_recovers_both_sentences(run: Runner, tmp_path: Path) -> None:
     done = run("demo", "--text", "--out", "demo")
     assert done.code == 0, done.err
-    assert words(done.out).count("Private text was reconstructed.") == 2
+    assert words(done.out).count("Private text was reconstructed.") >= 2
+    strip = read_run(tmp_path / "demo" / "dlg").trials[0].strip
+    assert len(strip) > 3  # of the optimiser at work, which may run out of time
     for name in ("gpt2", "bert"):
         best = read_run(tmp_path / "demo" / name).best_trial
         assert best is not None
