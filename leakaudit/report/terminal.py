@@ -154,9 +154,10 @@ def _print_scores(trial: Trial, console: Console) -> None:
     if trial.label_source:
         grid.add_row("Labels", plain(trial.label_source))
     if trial.verification is not None:
-        grid.add_row(
-            "Without truth", Text.assemble(_match(trial.verification), ": ", plain(trial.verification.text))
-        )
+        check = trial.verification
+        said = check.text.startswith(check.status)  # as that of text does
+        status = Text() if said else Text.assemble(_match(check), ": ")
+        grid.add_row("Without truth", Text.assemble(status, plain(check.text)))
     console.print(grid)
 
 
