@@ -24,7 +24,7 @@ from leakaudit.attacks.base import Monitor
 from leakaudit.attacks.rows import Rows, read_rows
 from leakaudit.attacks.spans import Span, attention_span, scan
 from leakaudit.attacks.token_labels import complete_labels
-from leakaudit.models.language import IGNORED, LanguageVictim
+from leakaudit.models.language import IGNORED, LanguageVictim, text_as_labels
 from leakaudit.models.spaces import NO_TOKEN, stack_sentences
 from leakaudit.threat import View
 from leakaudit.update import Update
@@ -35,6 +35,7 @@ SLACK = 30.0
 """Distances of true candidates are alike within this factor."""
 FEW_KICKS, KICKS = 3, 24
 """Times a sentence that does not pass is shaken and descends again, before and after trying other lengths."""
+ROUNDS = 10
 MOST_LENGTHS = 8
 DOUBTFUL = 0.5
 """Distance of a place, over the mean, from which on it is looked at a second time."""
@@ -88,13 +89,19 @@ def accepted(typical: float, span: Span) -> float:
 
 
 def grow(
-    victim: LanguageVictim, choices: Callable[[int], Tensor], span: Span, limit: int, monitor: Monitor
+    victim: LanguageVictim,
+    choices: Callable[[int], Tensor],
+    span: Span,
+    limit: int,
+    count: int,
+    monitor: Monitor,
 ) -> list[list[int]]:
     """All sentences whose every prefix lies in the second layer's span.
 
     Args:
         choices: tokens that may stand at a position.
         limit: tokens of a sentence at most.
+        count: sentences of the batch.
     """
     prefixes: list[list[int]] = [[]]
     ended: list[list[int]] = []
@@ -122,9 +129,19 @@ def grow(
         if not bool(good.any()) or int(good.sum()) > MOST_PREFIXES:
             return [sentence for sentence in ended if sentence]
         prefixes = grown[good].tolist()
-        if monitor.step(float(distance[good].mean()), stack_sentences(prefixes), torch.zeros(0)):
+        if monitor.step(float(distance[good].mean()), *_shown(victim, prefixes, count)):
             break
     return [sentence for sentence in [*ended, *prefixes] if sentence]
+
+
+def _shown(victim: LanguageVictim, sentences: list[list[int]], count: int) -> tuple[Tensor, Tensor]:
+    """Sentences as a candidate of the whole batch, the first in place of those not found yet, with labels
+    that need no thought: it is for the film strip, and what an interrupted attack has to show."""
+    rows = [sentences[i] if i < len(sentences) else sentences[0] for i in range(count)]
+    x = stack_sentences(rows).to(victim.device)
+    if victim.task == "classification":
+        return x, torch.zeros(count, dtype=torch.int64, device=victim.device)
+    return x, text_as_labels(x)
 
 
 def _stuck(prefix: list[int]) -> bool:
@@ -158,7 +175,7 @@ def assemble(view: View, rows: Rows, generator: torch.Generator, monitor: Monito
         search = _Search.of(rest, current, generator)
         if search is None:
             break
-        (sentence, distance), *others = search.any_length(monitor)
+        (sentence, distance), *others = search.any_length(found, monitor)
         if distance >= search.known.limit:
             guesses = [sentence, *(other for other, _ in others)]
             break
@@ -166,7 +183,7 @@ def assemble(view: View, rows: Rows, generator: torch.Generator, monitor: Monito
             break
         peeled = _peel(rest, sentence, current, len(rows.outputs), count)
         found += [sentence] * min(peeled.copies, count - len(found))
-        if monitor.step(distance, stack_sentences(found), torch.zeros(0)) and len(found) < count:
+        if monitor.late:
             break
         rest, current = peeled.rest, _significant(read_rows(peeled.rest), rows)
     sentences = [*found, *guesses][:count]
@@ -194,6 +211,7 @@ class _Search:
     known: Candidates
     rows: Rows
     generator: torch.Generator
+    count: int
 
     @classmethod
     def of(cls, view: View, rows: Rows, generator: torch.Generator) -> _Search | None:
@@ -206,24 +224,31 @@ class _Search:
         known = candidates(victim, rows, first, rows.length)
         if not bool(known.prior.isfinite().any(dim=1).all()):
             return None
-        return cls(_Climb(victim, known, second), known, rows, generator)
+        return cls(_Climb(victim, known, second), known, rows, generator, view.round.num_examples)
 
-    def any_length(self, monitor: Monitor) -> list[tuple[list[int], float]]:
+    def any_length(self, found: list[list[int]], monitor: Monitor) -> list[tuple[list[int], float]]:
         """Sentences and their mean distances, one a length that was tried, the nearest first.
 
         The longest, whose end is known, gets one try; then all get a few kicks, the short and cheap ones
-        first, before they get many; the first that passes ends the search.
+        first, before they get many, again and again where a deadline ends it; the first that passes ends
+        the search.
         """
         longest, *others = self._lengths()
         lengths = [*sorted(others), longest]
-        tries = [(longest, 0), *((n, FEW_KICKS) for n in lengths), *((n, KICKS) for n in lengths)]
+        rounds = [FEW_KICKS, *[KICKS] * (ROUNDS if monitor.limited else 1)]
+        tries = [(longest, 0), *((n, kicks) for kicks in rounds for n in lengths)]
         best: dict[int, tuple[Tensor, Tensor]] = {}
         for length, kicks in tries:
             best[length] = self._of_length(length, kicks, best.get(length))
-            if best[length][1].mean() < self.known.limit or monitor.late:
+            chosen, here = best[length]
+            guess = self.known.tokens[chosen].tolist()
+            late = monitor.step(float(here.mean()), *_shown(self.climb.victim, [*found, guess], self.count))
+            if here.mean() < self.known.limit or late:
                 break
-        found = [(self.known.tokens[chosen].tolist(), float(here.mean())) for chosen, here in best.values()]
-        return sorted(found, key=lambda sentence: sentence[1])
+        sentences = [
+            (self.known.tokens[chosen].tolist(), float(here.mean())) for chosen, here in best.values()
+        ]
+        return sorted(sentences, key=lambda sentence: sentence[1])
 
     def _lengths(self) -> list[int]:
         """The greatest, then where the tokenizer ends every sentence alike the likeliest other places of that

@@ -118,6 +118,11 @@ class Monitor:
         self._whole: tuple[int, int] | None = None
 
     @property
+    def limited(self) -> bool:
+        """Whether there is a deadline at all."""
+        return self._deadline is not None
+
+    @property
     def late(self) -> bool:
         """Whether the deadline has passed."""
         return self._deadline is not None and time.monotonic() > self._deadline

@@ -22,13 +22,16 @@ from leakaudit.models.language import LanguageVictim
 from leakaudit.models.spaces import NO_TOKEN, stack_sentences
 from leakaudit.threat import View
 
+STEPS = 100
+"""Steps that a progress bar expects of the search for sentences, whose number is not known."""
 NO_ROWS = "the gradient of the word embedding was not shared (frozen, or LoRA)"
 
 
 def conclude(
-    view: View, x: Tensor, y: Tensor, monitor: Monitor, details: dict[str, object], stopped: Stop = "finished"
+    view: View, x: Tensor, y: Tensor, monitor: Monitor, details: dict[str, object]
 ) -> Reconstruction:
     """A reconstruction whose loss is the view's residual."""
+    stopped: Stop = "budget" if monitor.late else "finished"
     loss = view.residual(x, y)
     monitor.step(loss, x, y)
     history = [(monitor.iteration, loss)]
@@ -171,7 +174,7 @@ class SpanCheck:
         second = attention_span(victim, view.observed, 1, noise) if victim.depth > 1 else None
         assert first is not None
         details: dict[str, object] = {"rank": first.rank, "width": first.width}
-        monitor.start(view.round.num_examples)
+        monitor.start(STEPS)
         if victim.architecture is not None and victim.architecture.causal:
             x = self._decode(view, victim, rows, first, second, monitor)
         elif rows is not None and rows.length and rows.certain:
@@ -215,7 +218,9 @@ class SpanCheck:
         if second is None or not second.tests:
             best = distance.argmin(dim=1)
             return tokens[best][None] if victim.position is not None else choices(0)[None]
-        sentences = by_evidence(victim, grow(victim, choices, second, length, monitor))
+        sentences = by_evidence(
+            victim, grow(victim, choices, second, length, view.round.num_examples, monitor)
+        )
         if not sentences:
             raise RuntimeError("no sentence passes the membership test of the second layer")
         x = stack_sentences(sentences[: view.round.num_examples]).to(victim.device)
