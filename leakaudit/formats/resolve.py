@@ -84,6 +84,7 @@ class _Layout:
     @classmethod
     def of(cls, victim: Victim) -> _Layout:
         aliases = _aliases(victim.module)
+        aliases = {**_without_head(victim.module, aliases), **aliases}
         state = [aliases[name] for name in victim.module.state_dict() if name in aliases]
         repeated = [aliases[n] for n, _ in victim.module.named_parameters(remove_duplicate=False)]
         params = tuple(name for name, _ in victim.module.named_parameters())
@@ -123,6 +124,12 @@ def _aliases(module: nn.Module) -> dict[str, str]:
     ]:
         aliases[name] = first.setdefault(id(tensor), name)
     return aliases
+
+
+def _without_head(module: nn.Module, aliases: Mapping[str, str]) -> dict[str, str]:
+    """Names as the base model of a transformers model has them: `bert.pooler.weight` is `pooler.weight`."""
+    prefix = f"{getattr(module, 'base_model_prefix', '')}."
+    return {name.removeprefix(prefix): known for name, known in aliases.items() if name.startswith(prefix)}
 
 
 Entries = Mapping[str, Tensor | None]
