@@ -221,6 +221,8 @@ def _noise(view: View, storage: Storage, notes: Notes) -> float | None:
                 ratio=std / size,
             )
             return std
+    if any(name in view.observed and not bool(view.observed[name].any(1).all()) for name in names):
+        return None  # whatever class sums say: noise would have filled the rows that are zero
     return class_sum_noise(view, storage, notes) if victim.task == "classification" else None
 
 

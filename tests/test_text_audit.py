@@ -87,6 +87,20 @@ def named(findings: list[Finding] | tuple[Finding, ...], name: str) -> Finding |
 # ------------------------------------------------------------------ the whole way
 
 
+def test_labels_that_cancel_are_no_noise() -> None:
+    """The last layer's gradient of two examples is then all rounding, but rows of words are exactly zero."""
+    victim = text_victim()
+    batch = batch_of(victim, 2)
+    x = torch.cat([batch.tokens[:1], batch.tokens[:1]])
+    view, _ = text_view(victim, 2)
+    update = client_update(victim, victim.params, view.round, x, torch.tensor([0, 1])).detach()
+    residue = dict(update.items())
+    residue["classifier.weight"] = 1e-8 * torch.randn(2, victim.hidden, generator=fork(0, "rounding"))
+    found = inspect_text(replace(view, observed=Update(residue)), generator=fork(0, "inspection"))
+    assert found.noise_std is None
+    assert named(found.findings, "bag of tokens") is not None
+
+
 def test_the_truth_of_another_client_is_no_good_news(run: Runner) -> None:
     captured(run)
     assert run(
