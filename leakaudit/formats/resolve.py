@@ -159,9 +159,11 @@ def _by_name(
     extra = [name for name in tensors if name not in names]
     unknown = [name for name in extra if tensors[name].is_floating_point() and tensors[name].numel() > 1]
     if unknown:
+        adapters = any(".lora_" in name for name in unknown)
+        advice = "pass its adapters as --lora" if adapters else "does it belong to another model?"
         raise InputError(
             f"{raw.path} holds {counted(len(unknown), 'tensor')} that model {layout.model} does not have"
-            f" ({listing(unknown)}); does it belong to another model?"
+            f" ({listing(unknown)}); {advice}"
         )
     notes = []
     if any(bare != name for name, bare in bare_names.items()):

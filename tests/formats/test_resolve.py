@@ -240,3 +240,14 @@ def test_names_of_a_transformers_model_without_its_head(tmp_path: Path) -> None:
     found = from_file(tmp_path, {name: torch.ones_like(tensor) for name, tensor in base.items()}, victim)
     assert list(found.params) == [f"bert.{name}" for name in base]
     assert found.missing == ("classifier.weight", "classifier.bias")
+
+
+def test_adapters_without_lora_are_told_what_to_pass(tmp_path: Path) -> None:
+    victim = small_victim("bert", "classification")
+    name = "bert.encoder.layer.0.attention.self.query"
+    shared = {
+        "classifier.bias": torch.ones(victim.num_classes),
+        f"{name}.lora_A.default.weight": torch.ones(2, 3),
+    }
+    with pytest.raises(InputError, match="pass its adapters as --lora"):
+        from_file(tmp_path, shared, victim)
