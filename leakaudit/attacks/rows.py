@@ -114,7 +114,7 @@ def _with_padding(word: Tensor, victim: LanguageVictim, view: View) -> Tensor:
         return word
     position = view.observed[victim.position].double()
     used = word[word.any(dim=1)]
-    if _thinned(used) or _thinned(position[position.any(dim=1)]) or len(used.unique()) <= LEVELS:
+    if _thinned(used) or _thinned(position[position.any(dim=1)]) or len(torch.unique(used)) <= LEVELS:
         return word
     lacking = position.sum(dim=0) - word.sum(dim=0)
     error = 10 * max(view.rounding, 1e-6) * float(position.norm(dim=1).sum())

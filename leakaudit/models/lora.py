@@ -148,7 +148,8 @@ def _layers(module: nn.Module, targets: str, head: tuple[str, ...]) -> list[str]
     if targets != ALL_LINEAR:
         ends = tuple(f".{target}" for target in targets.split("+"))
         return [name for name in linear if f".{name}".endswith(ends)]
-    scores = module.get_output_embeddings() if isinstance(module, PreTrainedModel) else None
+    model: Any = module
+    scores = model.get_output_embeddings() if isinstance(module, PreTrainedModel) else None
     return [n for n, child in linear.items() if f"{n}.weight" not in head and child is not scores]
 
 
