@@ -22,7 +22,7 @@ from leakaudit.formats.writing import save_tensors
 from leakaudit.hypotheses import Sweep
 from leakaudit.illustration import Yardstick, illustrate
 from leakaudit.inspection import Inspection
-from leakaudit.judgement import floor_control, judge
+from leakaudit.judgement import DISCRETE, floor_control, judge
 from leakaudit.media import Medium, medium_of
 from leakaudit.metrics import DEFAULT_METRICS
 from leakaudit.outcomes import Outcome
@@ -40,6 +40,8 @@ from leakaudit.results import (
 from leakaudit.rounds import Round, client_update
 from leakaudit.threat import Fact, View, known
 
+OVERFIT = 1.05
+"""How much better than the private text another one may explain its update, by fitting noise."""
 SWEEP_SHARE = 1 / 3
 """Of the budget, for finding out what the manifest does not say."""
 
@@ -111,6 +113,7 @@ def audit(
     if best is not None:
         _save_reconstruction(folder, view, outcomes[best])
     findings = [*subject.findings, *subject.inspection.findings, *_hypothesis_findings(sweep)]
+    findings += _foreign_truth(subject, view, trials, best)
     controls = _controls(subject, view, settings, outcomes, trials, best, findings, folder, on_progress)
     return AuditResult(
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -142,6 +145,25 @@ def audit(
 def _best(outcomes: Sequence[Outcome]) -> int | None:
     residuals = {i: outcome.best.residual for i, outcome in enumerate(outcomes) if outcome.best is not None}
     return min(residuals, key=lambda i: residuals[i], default=None)
+
+
+def _foreign_truth(subject: Subject, view: View, trials: Sequence[Trial], best: int | None) -> list[Finding]:
+    """A warning where the truth explains the update worse than what was found: then it is not the truth."""
+    reached = None if best is None else trials[best].residual
+    if subject.truth is None or reached is None or subject.medium.name not in DISCRETE:
+        return []
+    x, y = subject.medium.tensors(view.victim, subject.truth)
+    if len(x) != view.round.num_examples:
+        view = replace(view, round=replace(view.round, num_examples=len(x), local_batch_size=None))
+    own = view.residual(x, y)
+    if own <= OVERFIT * reached + view.rounding:
+        return []
+    text = (
+        f"The update of the originals is off by {own:.2g} of the observed one, that of a reconstruction by"
+        f" {reached:.2g} only: the truth file does not belong to this update, or the client did something that is"
+        " not stated (local steps, dropout, another model)."
+    )
+    return [Finding(name="truth", severity="warning", text=text, data={"own": own, "reached": reached})]
 
 
 def _judge(

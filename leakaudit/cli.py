@@ -258,8 +258,8 @@ def attack(
     fail_on: Annotated[
         str | None,
         typer.Option(
-            help="Policy: thresholds that count as leakage, psnr>20,ssim>0.5 for images and bag-f1>0.5,rouge-l>0.5"
-            " for text unless given; never: exit 0 for it."
+            help="Policy: thresholds that count as leakage, psnr>20,ssim>0.5 for images and"
+            " token-accuracy>0.5,bag-f1>0.5,rouge-l>0.5 for text unless given; never: exit 0 for it."
         ),
     ] = None,
     metric: Annotated[

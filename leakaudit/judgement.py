@@ -13,6 +13,8 @@ CONTRADICTION = 10.0
 """Measured error over proven error (both RMS) above which the originals are not those of the update."""
 HOPELESS = 0.9
 """Relative residual above which the checkpoint itself is in doubt."""
+DISCRETE: frozenset[Medium] = frozenset({"text"})
+"""Media in which the private input itself must explain the update, and a proven input is the private one."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ def judge(
 
     "leaks" as soon as one trial breaks the policy or, without the truth, explains the update to
     its floor, unless other inputs are known to share the update, or a finding proves a leak
-    (severity "leak", `data["proven"]`);
+    (severity "leak", `data["proven"]`).  Text that is verified, or proven, is a leak whatever the
+    truth file holds, which may be another client's;
     "not-recovered" only when the truth is known, nothing breaks the policy and the
     positive control succeeded; "inconclusive" otherwise.
     """
@@ -84,11 +87,13 @@ def judge(
             reasons=[*broken, *verified],
             policy=text,
         )
-    if not truth_known and verified:
+    if verified and (not truth_known or medium in DISCRETE):
+        foreign = ["The originals given are another text: the truth file does not belong to this update, or the"
+                   " policy cannot be broken by it."]  # fmt: skip
         return Verdict(
             status="leaks",
             headline=f"The shared update determines {nouns.possession}.",
-            reasons=verified,
+            reasons=[*verified, *(foreign if truth_known else [])],
             policy=text,
         )
     if not truth_known and matched:
@@ -103,7 +108,7 @@ def judge(
         for finding in findings
         if finding.severity == "leak" and finding.data.get("proven") is True
     ]
-    if not truth_known and proven:
+    if proven:
         return Verdict(status="leaks", headline=nouns.proven, reasons=proven, policy=text)
     reasons = _doubts(trials, best, findings)
     if truth_known and best is not None:

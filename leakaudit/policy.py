@@ -33,7 +33,7 @@ MEDIUM_METRICS: dict[Medium, tuple[str, ...]] = {
 }
 POLICY_METRICS = MEDIUM_METRICS["images"] + MEDIUM_METRICS["text"]
 DEFAULT_POLICY = "psnr>20,ssim>0.5"
-DEFAULT_TEXT_POLICY = "bag-f1>0.5,rouge-l>0.5"
+DEFAULT_TEXT_POLICY = "token-accuracy>0.5,bag-f1>0.5,rouge-l>0.5"
 DEFAULT_POLICIES: dict[Medium, str] = {"images": DEFAULT_POLICY, "text": DEFAULT_TEXT_POLICY}
 
 
@@ -47,6 +47,10 @@ class Threshold:
         if score is None or math.isnan(score):
             return False
         return score > self.value if self.operator == ">" else score < self.value
+
+    def within(self, least: float, most: float) -> bool:
+        """Whether a score from `least` to `most` can cross it."""
+        return self.crossed(most) or self.crossed(least)
 
     def __str__(self) -> str:
         return f"{self.metric}{self.operator}{self.value:g}"
@@ -101,13 +105,17 @@ def parse_policy(text: str, medium: Medium = "images") -> Policy:
 
 
 def check_medium(policy: Policy, medium: Medium) -> None:
-    """Raises `InputError` when a metric of the policy does not measure this medium."""
+    """Raises `InputError` when a metric of the policy does not measure this medium, or no score can cross."""
     known = MEDIUM_METRICS[medium]
     for threshold in policy.thresholds:
         if threshold.metric not in known:
             raise InputError(
                 f"policy {str(threshold)!r}: {threshold.metric} does not measure {medium}; "
                 f"known for {medium}: {', '.join(known)}"
+            )
+        if medium == "text" and not threshold.within(0, 1):
+            raise InputError(
+                f"policy {str(threshold)!r} cannot be broken: scores of text lie in 0 to 1; accepted: >0 to <1"
             )
 
 

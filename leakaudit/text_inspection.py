@@ -216,7 +216,13 @@ def _noise(view: View, storage: Storage, notes: Notes) -> float | None:
             ratio=std / size,
         )
         return std
-    return class_sum_noise(view, storage, notes) if language(view).task == "classification" else None
+    victim = language(view)
+    embeddings = [
+        name for name in (None if victim.tied else victim.word, victim.position) if name is not None
+    ]
+    if any(name in view.observed and not bool(view.observed[name].any(1).all()) for name in embeddings):
+        return None  # whatever class sums say: noise would have filled the rows that are zero
+    return class_sum_noise(view, storage, notes) if victim.task == "classification" else None
 
 
 def _decayed(view: View, name: str, notes: Notes) -> bool:

@@ -134,3 +134,14 @@ def test_proof_against_the_originals_is_no_failed_attack(scores: dict[str, float
     assert "provably lies within 1.0e-03" in found.reasons[0]
     loose = what.model_copy(update={"verification": check.model_copy(update={"distance": 0.2})})
     assert verdict(loose, policy=policy).status == "not-recovered"
+
+
+def test_text_that_is_proven_is_a_leak_whatever_the_truth_file_holds() -> None:
+    other = [ExampleScores(index=0, matched=0, scores={"rouge-l": 0.1})]
+    options: dict[str, Any] = {"policy": parse_policy("rouge-l>0.5"), "medium": "text"}
+    found = verdict(trial(verified="verified", examples=other), **options)
+    assert (found.status, found.exit_code) == ("leaks", 1)
+    assert "does not belong to this update" in found.reasons[-1]
+    words = Finding(name="bag of tokens", severity="leak", text="these tokens", data={"proven": True})
+    found = verdict(trial(examples=other), findings=[words], **options)
+    assert (found.status, found.reasons) == ("leaks", ["these tokens"])

@@ -109,6 +109,8 @@ def test_the_default_policies_fit_their_medium(medium: Medium, text: str) -> Non
             "images",
             "policy 'rouge-2>0.5': rouge-2 does not measure images; known for images: psnr",
         ),
+        ("exact-match>1", "text", "policy 'exact-match>1' cannot be broken: scores of text lie in 0 to 1"),
+        ("bag-f1>0.5,rouge-l<0", "text", "policy 'rouge-l<0' cannot be broken"),
         ("bag-f1>0.5,ssim>0.5", "text", "policy 'ssim>0.5': ssim does not measure text"),
     ],
 )

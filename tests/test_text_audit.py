@@ -87,6 +87,36 @@ def named(findings: list[Finding] | tuple[Finding, ...], name: str) -> Finding |
 # ------------------------------------------------------------------ the whole way
 
 
+def test_labels_that_cancel_are_no_noise() -> None:
+    """The last layer's gradient of two examples is then all rounding, but rows of words are exactly zero."""
+    victim = text_victim()
+    batch = batch_of(victim, 2)
+    x = torch.cat([batch.tokens[:1], batch.tokens[:1]])
+    view, _ = text_view(victim, 2)
+    update = client_update(victim, victim.params, view.round, x, torch.tensor([0, 1])).detach()
+    residue = dict(update.items())
+    residue["classifier.weight"] = 1e-8 * torch.randn(2, victim.hidden, generator=fork(0, "rounding"))
+    found = inspect_text(replace(view, observed=Update(residue)), generator=fork(0, "inspection"))
+    assert found.noise_std is None
+    assert named(found.findings, "bag of tokens") is not None
+
+
+def test_the_truth_of_another_client_is_no_good_news(run: Runner) -> None:
+    captured(run)
+    assert run(
+        "capture", "--model", BERT, "--task", "classification", "--text", "notes.tsv", "--start", 1,
+        "--out", "other.safetensors", "--truth", "other-truth.safetensors",
+    ).code == 0  # fmt: skip
+    result = attacked(run, "--truth", "other-truth.safetensors")
+    assert result.verdict.headline == "The shared update determines the private text."
+    assert "does not belong to this update" in result.verdict.reasons[-1]
+    captured(run, "--defense", "gaussian-noise:std=1e-5")
+    result = attacked(run, "--truth", "other-truth.safetensors", "--noise-std", "0.1", code=3)
+    warning = named(result.findings, "truth")
+    assert warning is not None
+    assert warning.data["own"] > 1.5 * warning.data["reached"]
+
+
 def test_capture_inspect_attack_report(run: Runner, tmp_path: Path) -> None:
     out = captured(run)
     assert "Truth: truth.safetensors" in out
@@ -108,7 +138,7 @@ def test_capture_inspect_attack_report(run: Runner, tmp_path: Path) -> None:
     result = attacked(run, "--truth", "truth.safetensors", "--html", "page/own.html")
     assert result.medium == "text"
     assert result.verdict.headline == "Private text was reconstructed."
-    assert result.verdict.policy == "bag-f1>0.5,rouge-l>0.5"
+    assert result.verdict.policy == "token-accuracy>0.5,bag-f1>0.5,rouge-l>0.5"
     assert result.model.task == "classification"
     assert not {row.name for row in result.knowledge} & {"normalisation", "statistics"}
     best = result.best_trial

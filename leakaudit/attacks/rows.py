@@ -41,6 +41,8 @@ CLEAR = 6.0
 """Standard deviations that a number must stand out from noise."""
 COMPARED = 256
 """Rows that are looked at for right angles."""
+LEVELS = 1 << 8
+"""Different numbers in the rows, up to which they were quantised and do not add up."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ def read_rows(view: View) -> Rows | None:
         return None
     noise = noise_level(view)
     position = position_rows(view, noise)
+    word = word if noise else _with_padding(word, victim, view)
     if victim.tied:
         return _tied_rows(word, position, noise, view)
     lengths = word.square().sum(dim=1)
@@ -107,6 +110,26 @@ def read_rows(view: View) -> Rows | None:
     elif _thinned(word[tokens]):
         reason = "the rows were pruned, and some tokens with them"
     return Rows(tokens, not reason, word[tokens], position, word[:0], noise, reason)
+
+
+def _with_padding(word: Tensor, victim: LanguageVictim, view: View) -> Tensor:
+    """The word rows with that of the padding token, whose lookup hands no gradient on (`padding_idx`).
+
+    Both embeddings' rows sum to the e_p of all places (those of the score side of tied weights to zero), so
+    what the word rows lack belongs to padding that the client did not mask.  Nothing is lacking where it did.
+    """
+    padding = getattr(victim.module.get_input_embeddings(), "padding_idx", None)
+    if padding is None or victim.position is None or victim.position not in view.observed:
+        return word
+    position = view.observed[victim.position].double()
+    used = word[word.any(dim=1)]
+    if _thinned(used) or _thinned(position[position.any(dim=1)]) or len(torch.unique(used)) <= LEVELS:
+        return word
+    lacking = position.sum(dim=0) - word.sum(dim=0)
+    error = 10 * max(view.rounding, 1e-6) * float(position.norm(dim=1).sum())
+    if float(lacking.norm()) <= error:
+        return word
+    return word.index_add(0, torch.tensor([padding], device=word.device), lacking[None])
 
 
 def noise_level(view: View) -> float:

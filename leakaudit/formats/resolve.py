@@ -84,6 +84,7 @@ class _Layout:
     @classmethod
     def of(cls, victim: Victim) -> _Layout:
         aliases = _aliases(victim.module)
+        aliases = {**_without_head(victim.module, aliases), **aliases}
         state = [aliases[name] for name in victim.module.state_dict() if name in aliases]
         repeated = [aliases[n] for n, _ in victim.module.named_parameters(remove_duplicate=False)]
         params = tuple(name for name, _ in victim.module.named_parameters())
@@ -125,6 +126,12 @@ def _aliases(module: nn.Module) -> dict[str, str]:
     return aliases
 
 
+def _without_head(module: nn.Module, aliases: Mapping[str, str]) -> dict[str, str]:
+    """Names as the base model of a transformers model has them: `bert.pooler.weight` is `pooler.weight`."""
+    prefix = f"{getattr(module, 'base_model_prefix', '')}."
+    return {name.removeprefix(prefix): known for name, known in aliases.items() if name.startswith(prefix)}
+
+
 Entries = Mapping[str, Tensor | None]
 
 
@@ -152,9 +159,11 @@ def _by_name(
     extra = [name for name in tensors if name not in names]
     unknown = [name for name in extra if tensors[name].is_floating_point() and tensors[name].numel() > 1]
     if unknown:
+        adapters = any(".lora_" in name for name in unknown)
+        advice = "pass its adapters as --lora" if adapters else "does it belong to another model?"
         raise InputError(
             f"{raw.path} holds {counted(len(unknown), 'tensor')} that model {layout.model} does not have"
-            f" ({listing(unknown)}); does it belong to another model?"
+            f" ({listing(unknown)}); {advice}"
         )
     notes = []
     if any(bare != name for name, bare in bare_names.items()):

@@ -438,15 +438,25 @@ def _head(module: PreTrainedModel, task: Task) -> tuple[str, ...]:
 def _tokenizer(name: str) -> PreTrainedTokenizerBase | None:
     """None for a model without; transformers then makes up one of special tokens alone for some families."""
     try:
-        found = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        found = _nearest(AutoTokenizer, name)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError):
         return None
     return found if len(found) > len(found.all_special_ids) else None
 
 
+def _nearest(kind: Any, name: str, **options: Any) -> Any:
+    """From a folder or the hub's files on this machine; over the network only where they are not."""
+    try:
+        return kind.from_pretrained(name, trust_remote_code=False, local_files_only=True, **options)
+    except OSError:
+        if Path(name).exists():
+            raise
+        return kind.from_pretrained(name, trust_remote_code=False, **options)
+
+
 def _pretrained(kind: Any, name: str, what: str, **options: Any) -> Any:
     try:
-        return kind.from_pretrained(name, trust_remote_code=False, **options)
+        return _nearest(kind, name, **options)
     except Exception as error:  # the hub, the network, the files: all of them fail in their own ways
         raise InputError(
             f"hf:{name}: its {what} cannot be had ({first_line(error)}); accepted: a model of the hub (needs a"

@@ -10,21 +10,31 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from leakaudit.errors import InputError
 from leakaudit.formats.checkpoint import read_state_dict
-from leakaudit.formats.phrases import first_line
+from leakaudit.formats.phrases import first_line, listing, quoted
 from leakaudit.spec import parse
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+ALL_LINEAR = "all-linear"
+"""In place of targets: every linear layer but those of the head, as PEFT takes it."""
+UNKNOWN_OPTIONS = (
+    "alpha_pattern", "rank_pattern", "use_dora", "layers_to_transform", "layers_pattern", "exclude_modules",
+    "target_parameters", "layer_replication", "lora_bias",
+)  # fmt: skip
+"""Options of PEFT under which the adapted layer computes something else."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +43,7 @@ class Lora:
 
     Attributes:
         rank, alpha: r and alpha; the product B A is scaled by alpha / r (by alpha / sqrt r with `rslora`).
-        targets: last parts of the names of adapted modules, with + between.
+        targets: last parts of the names of adapted modules, with + between, or `ALL_LINEAR`.
         folder: where trained adapters are; None for fresh ones.
     """
 
@@ -70,6 +80,7 @@ class Lora:
         try:
             config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
             targets = config["target_modules"]
+            _refuse_unknown(config, targets)
             return cls(
                 rank=int(config["r"]),
                 alpha=float(config["lora_alpha"]),
@@ -79,6 +90,17 @@ class Lora:
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{folder} holds no LoRA adapter of PEFT: {first_line(error)}") from error
+
+
+def _refuse_unknown(config: dict[str, Any], targets: object) -> None:
+    """`ValueError` for what PEFT can do and this cannot."""
+    kind, bias = config.get("peft_type", "LORA"), config.get("bias", "none")
+    given = [name for name in UNKNOWN_OPTIONS if config.get(name)]
+    if kind != "LORA" or bias != "none" or given:
+        what = listing(given) or (f"bias {bias!r}" if kind == "LORA" else f"type {kind}")
+        raise ValueError(f"{what} is not supported; accepted: plain LoRA, one rank and alpha for all layers")
+    if isinstance(targets, str) and targets != ALL_LINEAR and not re.fullmatch(r"[\w.]+", targets):
+        raise ValueError(f"target_modules {quoted(targets)} is a pattern; accepted: a list, or {ALL_LINEAR}")
 
 
 class LoraLinear(nn.Module):
@@ -106,12 +128,7 @@ def attach(module: nn.Module, lora: Lora, head: tuple[str, ...] = ()) -> None:
     """
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name in head)
-    wanted = set(lora.targets.split("+"))
-    layers = [
-        name
-        for name, child in module.named_modules()
-        if name.rpartition(".")[2] in wanted and isinstance(child, nn.Linear | Conv1D)
-    ]
+    layers = _layers(module, lora.targets, head)
     if not layers:
         known = {n.rpartition(".")[2] for n, m in module.named_modules() if isinstance(m, nn.Linear | Conv1D)}
         raise InputError(
@@ -123,6 +140,17 @@ def attach(module: nn.Module, lora: Lora, head: tuple[str, ...] = ()) -> None:
         setattr(module.get_submodule(parent), child, adapted)
     if lora.folder is not None:
         _load(module, Path(lora.folder) / WEIGHTS)
+
+
+def _layers(module: nn.Module, targets: str, head: tuple[str, ...]) -> list[str]:
+    """Names of the layers that end on a target, at a dot."""
+    linear = {name: child for name, child in module.named_modules() if isinstance(child, nn.Linear | Conv1D)}
+    if targets != ALL_LINEAR:
+        ends = tuple(f".{target}" for target in targets.split("+"))
+        return [name for name in linear if f".{name}".endswith(ends)]
+    model: Any = module
+    scores = model.get_output_embeddings() if isinstance(module, PreTrainedModel) else None
+    return [n for n, child in linear.items() if f"{n}.weight" not in head and child is not scores]
 
 
 def _load(module: nn.Module, path: Path) -> None:

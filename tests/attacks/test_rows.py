@@ -290,3 +290,20 @@ def test_a_tied_model_whose_every_position_is_used_shows_no_noise() -> None:
     x = random_tokens(victim, 64, kinds=30)
     y = labels_of(victim, x)
     assert noise_level(view_of(victim, masked(victim, x, y), y)) == 0.0
+
+
+@pytest.mark.parametrize("task", ["classification", "mlm"])
+def test_padding_that_was_not_masked_is_a_token(task: Task) -> None:
+    """Its lookup hands on no gradient; what the words lack of the positions' sum shows it all the same."""
+    victim = tiny_victim("bert", task)
+    padding = victim.module.get_input_embeddings().padding_idx
+    x = tokens_of(victim, 3)
+    filled = torch.cat([x, torch.full((1, 6), padding)], dim=1)
+    y = labels_of(victim, x)
+    if y.dim() == 2:
+        y = torch.cat([y, torch.full((1, 6), IGNORED)], dim=1)
+    rows = read_rows(view_of(victim, masked(victim, filled, y), y))
+    assert rows is not None
+    assert padding in rows.tokens.tolist()
+    if task == "classification":
+        assert torch.equal(place(rows)[None], filled)

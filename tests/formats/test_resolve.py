@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from small_transformers import small_victim
 from small_victims import CLASSES, assert_same, gradient_of, network, plain_network, victim_of
 from torch import Tensor, nn
 
@@ -231,3 +232,22 @@ def test_frozen_parameters_are_known_but_not_missing(tmp_path: Path) -> None:
     assert found.missing == ()
     torch.save([whole[name] for name in victim.trainable()], tmp_path / "list.pt")
     assert_same(load_update(tmp_path / "list.pt", victim).update, whole.select(victim.trainable()))
+
+
+def test_names_of_a_transformers_model_without_its_head(tmp_path: Path) -> None:
+    victim = small_victim("bert", "classification")
+    base = {name.removeprefix("bert."): t for name, t in victim.params.items() if name.startswith("bert.")}
+    found = from_file(tmp_path, {name: torch.ones_like(tensor) for name, tensor in base.items()}, victim)
+    assert list(found.params) == [f"bert.{name}" for name in base]
+    assert found.missing == ("classifier.weight", "classifier.bias")
+
+
+def test_adapters_without_lora_are_told_what_to_pass(tmp_path: Path) -> None:
+    victim = small_victim("bert", "classification")
+    name = "bert.encoder.layer.0.attention.self.query"
+    shared = {
+        "classifier.bias": torch.ones(victim.num_classes),
+        f"{name}.lora_A.default.weight": torch.ones(2, 3),
+    }
+    with pytest.raises(InputError, match="pass its adapters as --lora"):
+        from_file(tmp_path, shared, victim)

@@ -289,3 +289,38 @@ def test_attaching_freezes_all_but_the_head() -> None:
     assert len(trained) == 5
     victim = language_victim(module, None, "classification")
     assert list(victim.params) == trained
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        ("all-linear", 13),
+        ("attention.output.dense", 2),
+        ("0.attention.self.query+value", 3),
+    ],
+)
+def test_targets_as_peft_reads_them(bert: Path, targets: str, expected: int) -> None:
+    victim = load(bert, "classification", f"rank=2,targets={targets}")
+    adapted = [name for name in victim.params if name.endswith("lora_A.weight")]
+    assert len(adapted) == expected
+    assert not any(name.startswith("classifier") for name in adapted)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"alpha_pattern": {"query": 4}}, "alpha_pattern is not supported"),
+        ({"use_dora": True}, "use_dora is not supported"),
+        ({"bias": "all"}, "bias 'all' is not supported"),
+        ({"peft_type": "LOHA"}, "type LOHA is not supported"),
+        ({"target_modules": r".*\.(query|value)"}, "is a pattern"),
+    ],
+)
+def test_adapters_of_another_kind_are_refused_in_one_line(
+    tmp_path: Path, option: dict[str, Any], message: str
+) -> None:
+    config = {"r": 2, "lora_alpha": 4, "target_modules": ["query"], "peft_type": "LORA", **option}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=message) as caught:
+        Lora.parse(str(tmp_path))
+    assert "\n" not in str(caught.value)

@@ -527,7 +527,11 @@ def text_audit(folder: Path, count: int = 1, share: float = 1.0) -> AuditResult:
         seconds=12.5,
         attempts=[attempt(0, 3e-12, 30), attempt(1, 7.0, 30, "finished", False)],
         success=SuccessRate(
-            successes=1, restarts=2, low=0.095, high=0.905, criterion="bag-f1>0.5,rouge-l>0.5"
+            successes=1,
+            restarts=2,
+            low=0.095,
+            high=0.905,
+            criterion="token-accuracy>0.5,bag-f1>0.5,rouge-l>0.5",
         ),
         label_source="inferred from the last layer's gradient",
         scores=TEXT_SCORES,
@@ -572,7 +576,7 @@ def text_audit(folder: Path, count: int = 1, share: float = 1.0) -> AuditResult:
                 status="leaks",
                 headline=f"One shared update gives the private {private} back, word for word.",
                 reasons=["dlg-text recovered 98 % of the words; unrelated sentences score 14 %."],
-                policy="bag-f1>0.5,rouge-l>0.5",
+                policy="token-accuracy>0.5,bag-f1>0.5,rouge-l>0.5",
             ),
             "skipped": [Skipped(attack="lora", reason="the update holds no adapters")],
         }
