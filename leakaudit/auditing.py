@@ -113,7 +113,7 @@ def audit(
     if best is not None:
         _save_reconstruction(folder, view, outcomes[best])
     findings = [*subject.findings, *subject.inspection.findings, *_hypothesis_findings(sweep)]
-    findings += _foreign_truth(subject, view, trials, best)
+    findings += _other_count(subject, view) + _foreign_truth(subject, view, trials, best)
     controls = _controls(subject, view, settings, outcomes, trials, best, findings, folder, on_progress)
     return AuditResult(
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -147,13 +147,24 @@ def _best(outcomes: Sequence[Outcome]) -> int | None:
     return min(residuals, key=lambda i: residuals[i], default=None)
 
 
+def _other_count(subject: Subject, view: View) -> list[Finding]:
+    """A warning where the truth has another number of examples than the attacks took the update for."""
+    if subject.truth is None or len(subject.truth) == view.round.num_examples:
+        return []
+    text = (
+        f"The truth holds {counted(len(subject.truth), 'example')}, the attacks took the update for one of"
+        f" {view.round.num_examples}, which the file does not state: state --batch-size."
+    )
+    return [Finding(name="batch size", severity="warning", text=text)]
+
+
 def _foreign_truth(subject: Subject, view: View, trials: Sequence[Trial], best: int | None) -> list[Finding]:
     """A warning where the truth explains the update worse than what was found: then it is not the truth."""
     reached = None if best is None else trials[best].residual
     if subject.truth is None or reached is None or subject.medium.name not in DISCRETE:
         return []
     x, y = subject.medium.tensors(view.victim, subject.truth)
-    if len(x) != view.round.num_examples:
+    if len(x) != view.round.num_examples:  # its number was not stated, else the file had been refused
         view = replace(view, round=replace(view.round, num_examples=len(x), local_batch_size=None))
     own = view.residual(x, y)
     if own <= OVERFIT * reached + view.rounding:

@@ -259,7 +259,7 @@ def attack(
         str | None,
         typer.Option(
             help="Policy: thresholds that count as leakage, psnr>20,ssim>0.5 for images and"
-            " token-accuracy>0.5,bag-f1>0.5,rouge-l>0.5 for text unless given; never: exit 0 for it."
+            " token-accuracy>0.5,words-f1>0.5,rouge-l>0.5 for text unless given; never: exit 0 for it."
         ),
     ] = None,
     metric: Annotated[

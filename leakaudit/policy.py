@@ -25,6 +25,7 @@ MEDIUM_METRICS: dict[Medium, tuple[str, ...]] = {
         "bag-precision",
         "bag-recall",
         "bag-f1",
+        "words-f1",
         "exact-match",
         "rouge-1",
         "rouge-2",
@@ -33,7 +34,7 @@ MEDIUM_METRICS: dict[Medium, tuple[str, ...]] = {
 }
 POLICY_METRICS = MEDIUM_METRICS["images"] + MEDIUM_METRICS["text"]
 DEFAULT_POLICY = "psnr>20,ssim>0.5"
-DEFAULT_TEXT_POLICY = "token-accuracy>0.5,bag-f1>0.5,rouge-l>0.5"
+DEFAULT_TEXT_POLICY = "token-accuracy>0.5,words-f1>0.5,rouge-l>0.5"
 DEFAULT_POLICIES: dict[Medium, str] = {"images": DEFAULT_POLICY, "text": DEFAULT_TEXT_POLICY}
 
 

@@ -7,6 +7,7 @@ reconstruction is a position at which nothing was recovered.  All scores lie in 
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,12 +33,14 @@ Row: TypeAlias = list[int]
 class TextMetric:
     """`function` maps a recovered sentence, the private one and their space to a score in [0, 1].
 
-    It raises `Unmeasurable` with the reason where the private sentence has nothing to measure.
+    It raises `Unmeasurable` with the reason where the private sentence has nothing to measure.  A `whole`
+    metric gets all sentences of either side as one, and scores every private one alike.
     """
 
     name: str
     function: Callable[[Row, Row, Tokens], float]
     description: str = ""
+    whole: bool = False
 
 
 def token_accuracy(recovered: Row, truth: Row, space: Tokens) -> float:
@@ -69,6 +72,12 @@ def bag_f1(recovered: Row, truth: Row, space: Tokens) -> float:
     return 2 * (found & wanted).total() / (found.total() + wanted.total())
 
 
+def words_f1(recovered: Row, truth: Row, space: Tokens) -> float:
+    """Harmonic mean of precision and recall of the different tokens, as sets without special tokens."""
+    found, wanted = (set(bag) for bag in _bags(recovered, truth, space))
+    return 2 * len(found & wanted) / (len(found) + len(wanted))
+
+
 def exact_match(recovered: Row, truth: Row, space: Tokens) -> float:
     """1 when every token of the sentence is right, the special ones too, and there is none more."""
     return float(recovered == truth)
@@ -97,6 +106,9 @@ TEXT_METRICS: dict[str, TextMetric] = {
         TextMetric("bag-precision", bag_precision, "recovered tokens that are in the sentence, in any order"),
         TextMetric("bag-recall", bag_recall, "tokens of the sentence that were recovered, in any order"),
         TextMetric("bag-f1", bag_f1, "harmonic mean of bag precision and bag recall"),
+        TextMetric(
+            "words-f1", words_f1, "different tokens of the whole batch, wherever they stand", whole=True
+        ),
         TextMetric("exact-match", exact_match, "sentences of which every token is right"),
         TextMetric("rouge-1", rouge_1, "words in common, F-measure"),
         TextMetric("rouge-2", rouge_2, "pairs of neighbouring words in common, F-measure"),
@@ -278,6 +290,7 @@ def _measure(
 ) -> tuple[list[dict[str, float | None]], dict[str, str]]:
     """The scores of every private sentence, and for every metric why some are absent."""
     found, wanted = _rows(recovered), _rows(truth)
+    whole = list(itertools.chain(*found)), list(itertools.chain(*wanted))
     per_example: list[dict[str, float | None]] = [{} for _ in wanted]
     reasons = {}
     for metric in metrics:
@@ -285,9 +298,10 @@ def _measure(
         for index, chosen in enumerate(matched):
             value = None
             try:
-                if chosen < 0:
+                if not found or (chosen < 0 and not metric.whole):
                     raise Unmeasurable("there is no reconstruction of it")
-                value = metric.function(found[chosen], wanted[index], space)
+                pair = whole if metric.whole else (found[chosen], wanted[index])
+                value = metric.function(*pair, space)
             except Unmeasurable as reason:
                 absent[str(reason)] += 1
             per_example[index][metric.name] = value

@@ -138,7 +138,7 @@ def test_capture_inspect_attack_report(run: Runner, tmp_path: Path) -> None:
     result = attacked(run, "--truth", "truth.safetensors", "--html", "page/own.html")
     assert result.medium == "text"
     assert result.verdict.headline == "Private text was reconstructed."
-    assert result.verdict.policy == "token-accuracy>0.5,bag-f1>0.5,rouge-l>0.5"
+    assert result.verdict.policy == "token-accuracy>0.5,words-f1>0.5,rouge-l>0.5"
     assert result.model.task == "classification"
     assert not {row.name for row in result.knowledge} & {"normalisation", "statistics"}
     best = result.best_trial

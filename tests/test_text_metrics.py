@@ -100,11 +100,21 @@ def test_scores_counted_by_hand() -> None:
         "bag-precision": pytest.approx(5 / 7),  # the the cat on sat of seven
         "bag-recall": pytest.approx(5 / 7),
         "bag-f1": pytest.approx(5 / 7),
+        "words-f1": pytest.approx(2 * 4 / (5 + 6)),  # the cat on sat, of five and of six
         "exact-match": 0.0,
         "rouge-1": pytest.approx(2 * (5 / 7) * (5 / 6) / (5 / 7 + 5 / 6)),  # the stop is no word
         "rouge-2": pytest.approx(2 * (1 / 6) * (1 / 5) / (1 / 6 + 1 / 5)),  # "the cat" only
         "rouge-l": pytest.approx(2 * (4 / 7) * (4 / 6) / (4 / 7 + 4 / 6)),  # the cat sat the
     }
+
+
+def test_words_are_counted_over_the_whole_batch() -> None:
+    """A bag that was cut into sentences anyhow is a whole bag."""
+    truth = stack_sentences([sentence("the cat sat"), sentence("dog ran")])
+    found = stack_sentences([sentence("the dog"), sentence("ran cat sat")])
+    scores = score_sentences(found, truth, SPACE, generator=generator()).per_example
+    assert [example["words-f1"] for example in scores] == [1.0, 1.0]
+    assert max(example["bag-f1"] or 0 for example in scores) < 1
 
 
 def test_special_tokens_are_counted_apart() -> None:

@@ -13,6 +13,7 @@ _METRICS = {
     "ssim": "SSIM",
     "lpips": "LPIPS",
     "bag-f1": "Bag F1",
+    "words-f1": "Words F1",
     "rouge-1": "ROUGE-1",
     "rouge-2": "ROUGE-2",
     "rouge-l": "ROUGE-L",
