@@ -365,7 +365,8 @@ class _Peeled:
 
 
 def _peel(view: View, sentence: list[int], rows: Rows, labelled: int, count: int) -> _Peeled:
-    """Take a sentence's share out of the update, its label being the one that leaves least.
+    """Take a sentence's share out of the update, its label being the one that leaves the lowest rank in the
+    second layer (a wrong one leaves what the sentence spans), then the shortest update.
 
     Args:
         labelled: labelled places of the whole batch, in masked language models.
@@ -385,7 +386,12 @@ def _peel(view: View, sentence: list[int], rows: Rows, labelled: int, count: int
     shares = [single.simulate(x, y).detach() for y in labels]
     weights = [_weight(share, victim, rows, part) for share in shares]
     rests = [view.observed - share * weight for share, weight in zip(shares, weights, strict=True)]
-    best = min(range(len(rests)), key=lambda i: float(rests[i].norm()))
+
+    def left(i: int) -> tuple[int, float]:
+        span = attention_span(victim, rests[i], 1, rows.noise) if len(rests) > 1 else None
+        return 0 if span is None else span.rank, float(rests[i].norm())
+
+    best = min(range(len(rests)), key=left)
     return _Peeled(replace(view, observed=rests[best]), max(1, round(weights[best] / part)))
 
 
