@@ -299,7 +299,20 @@ def place(rows: Rows) -> Tensor:
     starts = (overlap / lengths, overlap - lengths.square() / 2, overlap, shares)
     descents = [_descend(start.argmax(dim=1), position, rows.word) for start in starts]
     chosen, _ = min(descents, key=lambda descent: descent[1])
-    return rows.tokens[chosen]
+    return rows.tokens[_fill(chosen, position, rows.word)]
+
+
+def _fill(chosen: Tensor, position: Tensor, word: Tensor) -> Tensor:
+    """Places whose row was pruned to nothing get the tokens that stand nowhere else, the longest rows first."""
+    empty = ~position.any(dim=1)
+    unused = torch.ones(len(word), dtype=torch.bool, device=word.device)
+    unused[chosen[~empty]] = False
+    places, tokens = empty.nonzero().flatten(), unused.nonzero().flatten()
+    tokens = tokens[word[tokens].norm(dim=1).argsort(descending=True)]
+    few = min(len(places), len(tokens))
+    chosen = chosen.clone()
+    chosen[places[:few]] = tokens[:few]
+    return chosen
 
 
 def _descend(chosen: Tensor, position: Tensor, word: Tensor) -> tuple[Tensor, float]:
