@@ -143,8 +143,13 @@ def audit(
 
 
 def _best(outcomes: Sequence[Outcome]) -> int | None:
-    residuals = {i: outcome.best.residual for i, outcome in enumerate(outcomes) if outcome.best is not None}
-    return min(residuals, key=lambda i: residuals[i], default=None)
+    """The smallest residual, but what is proven comes first: unknown dropout or clipping disturbs residuals."""
+    ranks = {
+        i: (not outcome.proven, outcome.best.residual)
+        for i, outcome in enumerate(outcomes)
+        if outcome.best is not None
+    }
+    return min(ranks, key=lambda i: ranks[i], default=None)
 
 
 def _other_count(subject: Subject, view: View) -> list[Finding]:

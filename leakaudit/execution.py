@@ -91,6 +91,10 @@ def _needless(entry: Chosen, outcomes: list[Outcome], deadline: float | None) ->
         return None
     for outcome in outcomes:
         check = outcome.verification
+        if outcome.proven:
+            return (
+                f"{outcome.chosen.name} already explains every row of the embeddings, which proves its text"
+            )
         if check is not None and check.status == "verified":
             return f"{outcome.chosen.name} already explains the update to its floor, and uniquely"
         deficient = check is not None and check.rank is not None

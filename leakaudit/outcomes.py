@@ -46,3 +46,8 @@ class Outcome:
     @property
     def best(self) -> Measured | None:
         return min(self.attempts, key=lambda attempt: attempt.residual, default=None)
+
+    @property
+    def proven(self) -> bool:
+        """Whether the attack proved its find by other means than the residual (`details["proven"]`)."""
+        return self.best is not None and bool(self.best.found.details.get("proven"))

@@ -37,6 +37,8 @@ FALSE_ALARMS = 1e-3
 """Rows of noise taken for tokens, expected over the whole vocabulary."""
 WIDER = 2
 """Tokens of the whole vocabulary that are added for each position under noise."""
+EXPLAINED = 1e-4
+"""Share of the word rows that rounding may leave unexplained."""
 CLEAR = 6.0
 """Standard deviations that a number must stand out from noise."""
 COMPARED = 256
@@ -300,6 +302,17 @@ def place(rows: Rows) -> Tensor:
     descents = [_descend(start.argmax(dim=1), position, rows.word) for start in starts]
     chosen, _ = min(descents, key=lambda descent: descent[1])
     return rows.tokens[_fill(chosen, position, rows.word)]
+
+
+def explains(rows: Rows, sentence: Tensor) -> bool:
+    """Whether the position rows at the places of each token of a sentence (P,) add up to its word row, to rounding:
+    then the tokens and their order are what the client had, whatever else of the update does not fit."""
+    if not rows.certain or rows.length != len(sentence):
+        return False
+    position = _without(rows.position, rows.outputs)
+    places = (rows.tokens[None] == sentence[:, None]).double()
+    left = rows.word - places.T @ position
+    return bool(left.norm() < EXPLAINED * rows.word.norm()) and bool(position.any(dim=1).all())
 
 
 def _fill(chosen: Tensor, position: Tensor, word: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from leakaudit.attacks import near_misses
 from leakaudit.attacks.assembly import accepted, assemble, by_evidence, grow
 from leakaudit.attacks.base import Attack, Monitor, Reconstruction, Stop, require_at_least
-from leakaudit.attacks.rows import IMAGES, Rows, place, read_rows, text_victim, widened
+from leakaudit.attacks.rows import IMAGES, Rows, explains, place, read_rows, text_victim, widened
 from leakaudit.attacks.spans import Span, attention_span, scan
 from leakaudit.attacks.token_labels import complete_labels, refine
 from leakaudit.models.language import LanguageVictim
@@ -126,12 +126,13 @@ class PositionRows:
         rows = widened(view, rows)
         monitor.start(1)
         sentence = place(rows)[None]
+        proven = victim.task != "causal-lm" and explains(rows, sentence[0])
         if victim.task == "causal-lm":
             sentence = with_last_tokens(view, victim, sentence)
         sentence, y = fitted(view, sentence, rows)
         if rows.noise:  # else rows are surer than the residual, which pruning or unknown dropout disturbs
             sentence, y, _ = near_misses.search(view, sentence, y, rows, monitor, self.polish)
-        return conclude(view, sentence, y, monitor, {"length": rows.length})
+        return conclude(view, sentence, y, monitor, {"length": rows.length, "proven": proven})
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from tiny_language_models import tiny_llama
 from torch import Tensor
 
 from leakaudit.attacks.base import Attack, Monitor, Reconstruction
+from leakaudit.attacks.rows import explains, read_rows
 from leakaudit.attacks.text_recovery import BagOfTokens, PositionRows, SpanCheck
 from leakaudit.models.language import IGNORED, LanguageVictim, Task
 from leakaudit.models.spaces import NO_TOKEN
@@ -336,3 +337,20 @@ def test_noise_is_a_reason_against_the_bag_of_a_tied_model() -> None:
     reason = BagOfTokens().applies(replace(view, observed=noisy(view.observed, 1e-4)))
     assert reason is not None
     assert "the tokens cannot be told from the rest: noise or pruning hides" in reason
+
+
+def test_rows_prove_a_sentence_whose_update_the_client_took_with_dropout() -> None:
+    victim = tiny_victim("bert", "classification")
+    x, y = private(victim, 3)
+    dropping = victim.with_mode("train")
+    view = replace(view_of(victim, x, y), observed=view_of(dropping, x, y).observed)
+    found = attack(view, "position-rows")
+    assert found.loss > 1e-2
+    assert found.details["proven"]
+    assert torch.equal(found.x, x)
+    wrong = x.clone()
+    wrong[0, [2, 3]] = x[0, [3, 2]]
+    rows = read_rows(view)
+    assert rows is not None
+    assert explains(rows, x[0])
+    assert not explains(rows, wrong[0])
