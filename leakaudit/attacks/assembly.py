@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from leakaudit.attacks.base import Monitor
-from leakaudit.attacks.rows import Rows, read_rows
+from leakaudit.attacks.rows import Rows, language, read_rows
 from leakaudit.attacks.spans import Span, attention_span, scan
 from leakaudit.attacks.token_labels import complete_labels
 from leakaudit.models.language import IGNORED, LanguageVictim, text_as_labels
@@ -68,14 +68,11 @@ class Candidates:
     affinity: Tensor
 
 
-def candidates(victim: LanguageVictim, rows: Rows, span: Span, length: int) -> Candidates:
+def candidates(victim: LanguageVictim, rows: Rows, span: Span) -> Candidates:
     """What the first layer's span and the rows leave of (position, token) pairs."""
-    distance = scan(victim, span, rows.tokens, length)
+    distance = scan(victim, span, rows.tokens, rows.length)
     limit = accepted(distance.amin(dim=1).median().item(), span)
-    prior = torch.zeros_like(distance)
-    if len(rows.position):
-        fit = torch.linalg.lstsq(rows.word.T, rows.position[:length].T, driver="gelsd").solution.T
-        prior[: len(fit)] = fit
+    prior = torch.linalg.lstsq(rows.word.T, rows.position.T, driver="gelsd").solution.T
     unit = F.normalize(rows.word, dim=1)
     return Candidates(rows.tokens, limit, prior.masked_fill(distance > limit, -torch.inf), unit @ unit.T)
 
@@ -216,12 +213,11 @@ class _Search:
     @classmethod
     def of(cls, view: View, rows: Rows, generator: torch.Generator) -> _Search | None:
         """None where a layer's span excludes nothing."""
-        victim = view.victim
-        assert isinstance(victim, LanguageVictim)
+        victim = language(view)
         first, second = (attention_span(victim, view.observed, layer, rows.noise) for layer in (0, 1))
         if first is None or second is None or not first.tests or not second.tests:
             return None
-        known = candidates(victim, rows, first, rows.length)
+        known = candidates(victim, rows, first)
         if not bool(known.prior.isfinite().any(dim=1).all()):
             return None
         return cls(_Climb(victim, known, second), known, rows, generator, view.round.num_examples)
@@ -372,8 +368,7 @@ def _peel(view: View, sentence: list[int], rows: Rows, labelled: int, count: int
         labelled: labelled places of the whole batch, in masked language models.
         count: sentences of the whole batch.
     """
-    victim = view.victim
-    assert isinstance(victim, LanguageVictim)
+    victim = language(view)
     x = torch.tensor([sentence], device=victim.device)
     single = replace(view, round=replace(view.round, num_examples=1, local_batch_size=None))
     if victim.task == "classification":

@@ -272,18 +272,28 @@ def widened(view: View, rows: Rows) -> Rows:
     return replace(rows, tokens=tokens, word=word[tokens])
 
 
-def overlaps(rows: Rows) -> Tensor:
-    """(P, n) inner products of position rows and word rows."""
-    return _without(rows.position, rows.outputs) @ rows.word.T
-
-
 def evidence(rows: Rows, sentence: Tensor) -> Tensor:
     """(P, n) how much of each token's row the row of each position explains, the others at the places that
     the sentence (L,) gives them: its coordinate descent puts the largest in its place."""
+    position, own, left = _explained(rows, sentence)
+    return position @ left.T + own * position.square().sum(dim=1, keepdim=True)
+
+
+def explains(rows: Rows, sentence: Tensor) -> bool:
+    """Whether the position rows at the places of each token of a sentence (P,) add up to its word row, to rounding:
+    then the tokens and their order are what the client had, whatever else of the update does not fit."""
+    if not rows.certain or rows.length != len(sentence):
+        return False
+    position, _, left = _explained(rows, sentence)
+    return bool(left.norm() < EXPLAINED * rows.word.norm()) and bool(position.any(dim=1).all())
+
+
+def _explained(rows: Rows, sentence: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Position rows (P, H) without the score side, which candidate stands at each (P, n), and what the rows at
+    their places leave of the word rows (n, H)."""
     position = _without(rows.position, rows.outputs)[: len(sentence)]
     own = (rows.tokens == sentence[: len(position), None]).to(position.dtype)
-    left = rows.word - own.T @ position
-    return position @ left.T + own * position.square().sum(dim=1, keepdim=True)
+    return position, own, rows.word - own.T @ position
 
 
 def place(rows: Rows) -> Tensor:
@@ -295,24 +305,13 @@ def place(rows: Rows) -> Tensor:
     coefficients of position rows in word rows, which are 0 and 1 where the former are independent.
     """
     position = _without(rows.position, rows.outputs)
-    overlap = overlaps(rows)
+    overlap = position @ rows.word.T
     lengths = rows.word.norm(dim=1)
     shares = torch.linalg.lstsq(position.T, rows.word.T, driver="gelsd").solution
     starts = (overlap / lengths, overlap - lengths.square() / 2, overlap, shares)
     descents = [_descend(start.argmax(dim=1), position, rows.word) for start in starts]
     chosen, _ = min(descents, key=lambda descent: descent[1])
     return rows.tokens[_fill(chosen, position, rows.word)]
-
-
-def explains(rows: Rows, sentence: Tensor) -> bool:
-    """Whether the position rows at the places of each token of a sentence (P,) add up to its word row, to rounding:
-    then the tokens and their order are what the client had, whatever else of the update does not fit."""
-    if not rows.certain or rows.length != len(sentence):
-        return False
-    position = _without(rows.position, rows.outputs)
-    places = (rows.tokens[None] == sentence[:, None]).double()
-    left = rows.word - places.T @ position
-    return bool(left.norm() < EXPLAINED * rows.word.norm()) and bool(position.any(dim=1).all())
 
 
 def _fill(chosen: Tensor, position: Tensor, word: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from leakaudit.attacks import near_misses
 from leakaudit.attacks.assembly import accepted, assemble, by_evidence, grow
 from leakaudit.attacks.base import Attack, Monitor, Reconstruction, Stop, require_at_least
-from leakaudit.attacks.rows import IMAGES, Rows, explains, place, read_rows, text_victim, widened
+from leakaudit.attacks.rows import IMAGES, Rows, explains, language, place, read_rows, text_victim, widened
 from leakaudit.attacks.spans import Span, attention_span, scan
 from leakaudit.attacks.token_labels import complete_labels, refine
 from leakaudit.models.language import LanguageVictim
@@ -120,8 +120,7 @@ class PositionRows:
         return None
 
     def run(self, view: View, generator: torch.Generator, monitor: Monitor) -> Reconstruction:
-        victim, rows = text_victim(view), read_rows(view)
-        assert victim is not None
+        victim, rows = language(view), read_rows(view)
         assert rows is not None
         rows = widened(view, rows)
         monitor.start(1)
@@ -167,9 +166,7 @@ class SpanCheck:
         return None
 
     def run(self, view: View, generator: torch.Generator, monitor: Monitor) -> Reconstruction:
-        victim = text_victim(view)
-        assert victim is not None
-        rows = read_rows(view)
+        victim, rows = language(view), read_rows(view)
         noise = 0.0 if rows is None else rows.noise
         first = attention_span(victim, view.observed, 0, noise)
         second = attention_span(victim, view.observed, 1, noise) if victim.depth > 1 else None

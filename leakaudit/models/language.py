@@ -232,17 +232,12 @@ class LanguageVictim(Victim):
     def head_inputs(self, x: Tensor) -> Tensor | None:
         """What enters the layer that makes the scores, without gradient: (N, F), or (N, L, H) for a task on
         tokens; None where that layer is not known."""
-        if self.task != "classification":
+        with torch.no_grad():
+            if self.task == "classification":
+                return None if self.classifier() is None else self.features(x)
             module: Any = self.module
             layer = module.get_output_embeddings()
-            if layer is None:
-                return None
-            with torch.no_grad():
-                return self._inputs_of([layer], x)[0]
-        if self.classifier() is None:
-            return None
-        with torch.no_grad():
-            return self.features(x)
+            return None if layer is None else self._inputs_of([layer], x)[0]
 
     def _inputs_of(self, modules: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
         """What enters each of the modules, which run in this order; nothing runs after the last."""
@@ -302,7 +297,7 @@ def load_language_victim(
     Args:
         task: one of `TASKS`.
         checkpoint: a state dict to load over it.
-        lora: see `leakaudit.models.lora.parse_lora`; the base model is frozen then.
+        lora: see `leakaudit.models.lora.Lora.parse`; the base model is frozen then.
         num_classes: of classification; None for what the model's configuration says.
         seed: of parameters that the files do not hold, such as a new head.
 
@@ -398,7 +393,6 @@ def victim_of_pretrained(
         tokenizer = _tokenizer(origin) if origin else None
     victim = language_victim(module, tokenizer, task, "eval", loss, reduction, name=name)
     victim.module.set_attn_implementation("eager")  # others cannot be differentiated twice
-    victim.module.config.pad_token_id = victim.filler
     with torch.no_grad():
         shape = tuple(victim.logits(victim.params, victim.probe()).shape)
     if (len(shape) == 2) != (task == "classification"):
