@@ -23,6 +23,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
 from leakaudit import spec as specs
+from leakaudit.class_labels import numbered
 from leakaudit.errors import InputError
 from leakaudit.formats.phrases import counted, first_line, listing, quoted
 from leakaudit.formats.reading import read_safetensors
@@ -244,15 +245,11 @@ def _labelled_folder(folder: Path) -> _Images:
             raise InputError(f"{path}, line {number}: a file and a label are needed")
         if not os.path.isfile(folder / row["file"]):
             raise InputError(f"{path}, line {number}: there is no file {quoted(row['file'])}")
-    words = [row["label"].strip() for row in rows]
-    if all(word.removeprefix("-").isascii() and word.removeprefix("-").isdigit() for word in words):
-        labels = [int(word) for word in words]
+    labels, classes = numbered([row["label"].strip() for row in rows])
+    if classes is None:
         named = {label: row["class"] for label, row in zip(labels, rows, strict=True) if row.get("class")}
         complete = bool(named) and sorted(named) == list(range(len(named)))
         classes = tuple(named[label] for label in sorted(named)) if complete else None
-    else:
-        classes = tuple(sorted(set(words)))
-        labels = [classes.index(word) for word in words]
     return _files([folder / row["file"] for row in rows], folder, labels, classes)
 
 

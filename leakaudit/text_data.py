@@ -14,6 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
+from leakaudit.class_labels import numbered
 from leakaudit.errors import InputError
 from leakaudit.formats.phrases import counted, first_line, listing, quoted
 from leakaudit.formats.reading import read_safetensors
@@ -23,7 +24,7 @@ from leakaudit.models.spaces import NO_TOKEN, Tokens
 from leakaudit.randomness import fork
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    pass
 
 TRUTH_KEY = "leakaudit_text_truth"
 TEXT_COLUMNS = ("sentence", "text")
@@ -160,7 +161,7 @@ def private_text(
     if task == "causal-lm":
         _refuse_single_tokens(tokens, names)
     if task == "classification":
-        tokens, y = tokens, torch.tensor(list(labels or [0] * len(texts)), dtype=torch.int64)
+        y = torch.tensor(list(labels or [0] * len(texts)), dtype=torch.int64)
     elif task == "mlm":
         tokens, y = _mask(tokens, names, space, seed)
     else:
@@ -224,7 +225,7 @@ def _mask(tokens: Tensor, names: Sequence[str], space: Tokens, seed: int) -> tup
     generator = fork(seed, "text/masks")
     collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=MASKED)
     collator.generator = generator
-    ordinary = _ordinary(tokens, tokenizer)
+    ordinary = space.ordinary(tokens)
     inputs, labels = collator.torch_mask_tokens(tokens.clone(), ~ordinary)
     for i in (labels == IGNORED).all(1).nonzero().flatten().tolist():
         places = ordinary[i].nonzero().flatten()
@@ -233,11 +234,6 @@ def _mask(tokens: Tensor, names: Sequence[str], space: Tokens, seed: int) -> tup
         place = int(places[torch.randint(len(places), (), generator=generator)])
         inputs[i, place], labels[i, place] = mask_token, tokens[i, place]
     return inputs, labels
-
-
-def _ordinary(tokens: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    special = torch.tensor([NO_TOKEN, *tokenizer.all_special_ids])
-    return ~torch.isin(tokens, special)
 
 
 # ------------------------------------------------------------------------------------ files of text
@@ -340,10 +336,7 @@ def _labels(rows: Sequence[Row], source: str | Path) -> tuple[list[int] | None, 
     lacking = next((row for row in rows if row.label is None), None)
     if lacking is not None:
         raise InputError(f"{lacking.name} has no label, other sentences of {source} have one")
-    if all(word.removeprefix("-").isascii() and word.removeprefix("-").isdigit() for word in words):
-        return [int(word) for word in words], None
-    names = tuple(sorted(set(words)))
-    return [names.index(word) for word in words], names
+    return numbered(words)
 
 
 def _check_labels(

@@ -111,8 +111,7 @@ def alternatives(victim: LanguageVictim, x: Tensor, y: Tensor, count: int) -> It
     Half of them have a token replaced by the one whose word row is nearest, half two neighbours swapped.
     """
     sentences = fill_masks(x, y)
-    special = torch.tensor([NO_TOKEN, *victim.space.special], device=x.device)
-    ordinary = ~torch.isin(sentences, special)
+    ordinary = victim.space.ordinary(sentences)
     pairs = ordinary[:, :-1] & ordinary[:, 1:] & (sentences[:, :-1] != sentences[:, 1:])
     places, starts = ordinary.nonzero().tolist(), pairs.nonzero().tolist()
     swaps = min(count // 2, len(starts))

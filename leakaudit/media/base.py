@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from leakaudit.attacks.base import OnStep, Reconstruction
+from leakaudit.errors import InputError
 from leakaudit.formats.manifest import Manifest
+from leakaudit.formats.phrases import counted
 from leakaudit.hypotheses import Sweep
 from leakaudit.illustration import Yardstick
 from leakaudit.inspection import Inspection
@@ -139,3 +141,13 @@ class Medium(Protocol[T, P]):
 
     def contents(self, found: Reconstruction, view: View) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Tensors and metadata of the reconstruction as it is saved."""
+
+
+def check_count(path: str | Path, held: int, noun: str, view: View) -> None:
+    """`InputError` when a truth file holds another number of examples than the update is stated to have."""
+    stated = view.knowledge.batch_size
+    if stated.status == "known" and held != stated.value:
+        raise InputError(
+            f"{path} holds {counted(held, noun)}, the update is of "
+            f"{counted(int(stated.value), 'example')} (manifest or --batch-size)"
+        )

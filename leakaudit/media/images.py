@@ -14,11 +14,10 @@ from leakaudit.attacks.registry import AUTO
 from leakaudit.data import PrivateBatch, control_photos, load_batch, load_truth, save_truth
 from leakaudit.errors import InputError
 from leakaudit.formats.manifest import Manifest
-from leakaudit.formats.phrases import counted
 from leakaudit.hypotheses import Sweep, settle
 from leakaudit.illustration import Yardstick, hard_labels, thinned
 from leakaudit.inspection import inspect_update
-from leakaudit.media.base import Exhibit
+from leakaudit.media.base import Exhibit, check_count
 from leakaudit.metrics import DEFAULT_METRICS, METRICS, BatchScores, label_score, score_batch
 from leakaudit.models.spaces import Pixels
 from leakaudit.models.victim import Victim
@@ -88,12 +87,7 @@ class Images:
             raise InputError(
                 f"{path} holds images of shape {shape}, the model takes {view.victim.space.shape}"
             )
-        stated = view.knowledge.batch_size
-        if stated.status == "known" and len(truth.pixels) != stated.value:
-            raise InputError(
-                f"{path} holds {counted(len(truth.pixels), 'image')}, the update is of "
-                f"{counted(int(stated.value), 'example')} (manifest or --batch-size)"
-            )
+        check_count(path, len(truth), "image", view)
         return truth
 
     def read_pool(self, path: str | Path | None, view: View) -> Tensor:

@@ -16,11 +16,11 @@ from leakaudit.attacks.base import OnStep, Reconstruction
 from leakaudit.attacks.registry import TEXT_AUTO
 from leakaudit.errors import InputError
 from leakaudit.formats.manifest import Manifest
-from leakaudit.formats.phrases import counted, listing
+from leakaudit.formats.phrases import listing
 from leakaudit.hypotheses import Sweep
 from leakaudit.illustration import Yardstick, hard_labels, thinned
 from leakaudit.inspection import Inspection
-from leakaudit.media.base import Exhibit
+from leakaudit.media.base import Exhibit, check_count
 from leakaudit.metrics import BatchScores, label_score
 from leakaudit.models.language import LanguageVictim
 from leakaudit.models.lora import Lora
@@ -108,12 +108,7 @@ class Text:
     def read_truth(self, path: str | Path, view: View) -> PrivateText:
         truth = load_truth(path)
         _check(truth, _language(view.victim), path)
-        stated = view.knowledge.batch_size
-        if stated.status == "known" and len(truth) != stated.value:
-            raise InputError(
-                f"{path} holds {counted(len(truth), 'sentence')}, the update is of "
-                f"{counted(int(stated.value), 'example')} (manifest or --batch-size)"
-            )
+        check_count(path, len(truth), "sentence", view)
         return truth
 
     def read_pool(self, path: str | Path | None, view: View) -> tuple[str, ...]:

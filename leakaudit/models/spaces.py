@@ -115,6 +115,10 @@ class Tokens:
         shape = (count, min(SAMPLE_LENGTH, self.max_length))
         return torch.randint(self.vocabulary, shape, generator=generator, device=generator.device)
 
+    def ordinary(self, sentences: Tensor) -> Tensor:
+        """(N, L) bool: where there is a token that is not special."""
+        return ~torch.isin(sentences, torch.tensor([NO_TOKEN, *self.special], device=sentences.device))
+
     def pieces(self, row: Tensor) -> list[str]:
         """The tokens of one sentence (L,), each as text; `NO_TOKEN` is left out."""
         numbers = [int(number) for number in row if number != NO_TOKEN]
