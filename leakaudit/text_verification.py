@@ -22,7 +22,7 @@ from leakaudit.models.spaces import NO_TOKEN
 from leakaudit.results import Verification
 from leakaudit.text_data import fill_masks
 from leakaudit.threat import View
-from leakaudit.verification import expected_error
+from leakaudit.verification import compare, matches
 
 PROBES = 12
 CLEAR = 3.0
@@ -58,23 +58,11 @@ def verify_text(view: View, x: Tensor, y: Tensor, seconds: float = SECONDS) -> V
     victim = cast(LanguageVictim, exact.victim)
     x = x.detach().to(victim.device)
     y = y.detach().to(victim.device, torch.float64 if y.is_floating_point() else None)
-    residual = exact.residual(x, y)
-    floor = expected_error(view, x, y)
-    relative = floor.norm / float(exact.observed.norm())
-    found = Verification(
-        status="not-matched",
-        text=f"its update differs from the observed one by {residual:.1e} of its norm; "
-        f"{floor.source} explains {relative:.1e}",
-        residual=residual,
-        floor=relative,
-        unknowns=int((x != NO_TOKEN).sum()),
-    )
-    if not residual <= relative:
+    found, floor = compare(view, exact, x, y, int((x != NO_TOKEN).sum()))
+    relative = found.floor
+    if not found.residual <= relative:
         return found
-    matches = (
-        f"its update equals the observed one up to {residual:.1e} of its norm, within the {relative:.1e} that"
-        f" {floor.source} explains"
-    )
+    equal = matches(found, floor)
     began = time.monotonic()
     view.residual(x, y)
     once = time.monotonic() - began
@@ -86,22 +74,22 @@ def verify_text(view: View, x: Tensor, y: Tensor, seconds: float = SECONDS) -> V
             if affordable < 1
             else "no text near it could be tried"
         )
-        return _consistent(found, matches, reason)
+        return _consistent(found, equal, reason)
     misses = [view.residual(other.x, other.y) for other in others]  # far from the floor, or no proof
     nearest = min(range(len(others)), key=misses.__getitem__)
     if misses[nearest] <= CLEAR * relative:
         reason = f"{others[nearest].what}, it is off by {misses[nearest]:.1e} only"
-        return _consistent(found, matches, reason)
+        return _consistent(found, equal, reason)
     text = (
-        f"verified exact: {matches}, while each of {counted(len(others), 'text')} near it (a token replaced by"
+        f"verified exact: {equal}, while each of {counted(len(others), 'text')} near it (a token replaced by"
         f" its nearest neighbour, or two neighbours swapped) is off by {misses[nearest]:.1e} or more (up to the"
         " order of the batch)"
     )
     return found.model_copy(update={"status": "verified", "text": text})
 
 
-def _consistent(found: Verification, matches: str, reason: str) -> Verification:
-    text = f"{matches}, but other texts may share it: {reason}"
+def _consistent(found: Verification, equal: str, reason: str) -> Verification:
+    text = f"{equal}, but other texts may share it: {reason}"
     return found.model_copy(update={"status": "consistent", "text": text, "reason": reason})
 
 

@@ -85,6 +85,19 @@ def verify(view: View, x: Tensor, y: Tensor, budget: Budget | None = None) -> Ve
     exact = view.to(dtype=torch.float64)
     x = x.detach().to(exact.victim.device, torch.float64)
     y = y.detach().to(exact.victim.device, torch.float64 if y.is_floating_point() else None)
+    found, floor = compare(view, exact, x, y, view.unknowns)
+    if not found.residual <= found.floor:
+        return found
+    budget = budget or Budget()
+    if view.unknowns > budget.unknowns:
+        reason = f"{view.unknowns:,} unknowns, more than the limit of {budget.unknowns:,} for a Jacobian"
+        return _consistent(found, floor, reason)
+    system, dear = _affordable(exact, x, y, floor, budget)
+    return _consistent(found, floor, dear) if dear else _bound(found, system, system.point(x), floor)
+
+
+def compare(view: View, exact: View, x: Tensor, y: Tensor, unknowns: int) -> tuple[Verification, Floor]:
+    """Residual and floor of (x, y), both relative, as what is not matched yet; `exact` is the view in float64."""
     residual = exact.residual(x, y)
     floor = expected_error(view, x, y)
     relative = floor.norm / float(exact.observed.norm())
@@ -94,16 +107,9 @@ def verify(view: View, x: Tensor, y: Tensor, budget: Budget | None = None) -> Ve
         f"{floor.source} explains {relative:.1e}",
         residual=residual,
         floor=relative,
-        unknowns=view.unknowns,
+        unknowns=unknowns,
     )
-    if not residual <= relative:
-        return found
-    budget = budget or Budget()
-    if view.unknowns > budget.unknowns:
-        reason = f"{view.unknowns:,} unknowns, more than the limit of {budget.unknowns:,} for a Jacobian"
-        return _consistent(found, floor, reason)
-    system, dear = _affordable(exact, x, y, floor, budget)
-    return _consistent(found, floor, dear) if dear else _bound(found, system, system.point(x), floor)
+    return found, floor
 
 
 def expected_error(view: View, x: Tensor, y: Tensor) -> Floor:
@@ -247,7 +253,7 @@ def _bound(found: Verification, system: System, point: Tensor, floor: Floor) -> 
         return _consistent(found, floor, reason)
     unit = "pixel" if system.view.victim.space.std is not None else "input number (normalisation unknown)"
     text = (
-        f"{_matches(found, floor)}, and the Jacobian has full rank ({spectrum.unknowns:,}, "
+        f"{matches(found, floor)}, and the Jacobian has full rank ({spectrum.unknowns:,}, "
         f"condition {spectrum.condition:.1e}): every nearby input with this update and these labels "
         f"lies within {distance:.1e} RMS per {unit} (first order, up to the order of the batch)"
     )
@@ -263,11 +269,11 @@ def _departure(system: System, point: Tensor, step: Tensor, predicted: Tensor) -
 
 
 def _consistent(found: Verification, floor: Floor, reason: str) -> Verification:
-    text = f"{_matches(found, floor)}, but other inputs may share it: {reason}"
+    text = f"{matches(found, floor)}, but other inputs may share it: {reason}"
     return found.model_copy(update={"status": "consistent", "text": text, "reason": reason})
 
 
-def _matches(found: Verification, floor: Floor) -> str:
+def matches(found: Verification, floor: Floor) -> str:
     return (
         f"its update equals the observed one up to {found.residual:.1e} of its norm, "
         f"within the {found.floor:.1e} that {floor.source} explains"

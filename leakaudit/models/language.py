@@ -30,7 +30,7 @@ from leakaudit.formats.phrases import first_line
 from leakaudit.models.architectures import ARCHITECTURES, Architecture
 from leakaudit.models.lora import Lora, attach
 from leakaudit.models.spaces import NO_TOKEN, Tokens
-from leakaudit.models.victim import LOSSES, Classifier, Mode, Params, Victim, cross_entropy_sum
+from leakaudit.models.victim import Classifier, Mode, Params, Victim, cross_entropy_sum, loss_named
 from leakaudit.spec import suggest
 
 Task = Literal["classification", "mlm", "causal-lm"]
@@ -344,9 +344,7 @@ def language_victim(
     name: str = "model",
 ) -> LanguageVictim:
     """A transformers module, copied, as a victim; `InputError` for a tokenizer of another vocabulary."""
-    if (loss, reduction) not in LOSSES:
-        known = ", ".join("/".join(key) for key in LOSSES)
-        raise InputError(f"loss {loss}/{reduction} is not supported; accepted: {known}")
+    function = loss_named(loss, reduction)
     module = copy.deepcopy(module).train(mode == "train")
     config: Any = module.config
     config.pad_token_id = _padding(module)
@@ -365,7 +363,7 @@ def language_victim(
         space=Tokens(vocabulary, _max_length(module, tokenizer, architecture), tokenizer),
         num_classes=int(config.num_labels) if task == "classification" else vocabulary,
         mode=mode,
-        loss_function=LOSSES[loss, reduction],
+        loss_function=function,
         name=name,
         task=task,
         architecture=architecture,

@@ -39,6 +39,14 @@ LOSSES: dict[tuple[str, str], LossFunction] = {
 }
 
 
+def loss_named(loss: str, reduction: str) -> LossFunction:
+    """The loss of `LOSSES`; `InputError` for an unknown one."""
+    if (loss, reduction) not in LOSSES:
+        known = ", ".join("/".join(key) for key in LOSSES)
+        raise InputError(f"loss {loss}/{reduction} is not supported; accepted: {known}")
+    return LOSSES[loss, reduction]
+
+
 @dataclass(frozen=True)
 class Classifier:
     """The fully connected layer that makes the logits: names of its weight (K, F) and bias (K,)."""
@@ -87,9 +95,7 @@ class Victim:
         Raises `InputError` for an unknown loss, or a module that does not map
         (B, *space.shape) to (B, num_classes).
         """
-        if (loss, reduction) not in LOSSES:
-            known = ", ".join("/".join(key) for key in LOSSES)
-            raise InputError(f"loss {loss}/{reduction} is not supported; accepted: {known}")
+        function = loss_named(loss, reduction)
         module = _prepare(copy.deepcopy(module), mode)
         victim = cls(
             module=module,
@@ -99,7 +105,7 @@ class Victim:
             space=space,
             num_classes=num_classes,
             mode=mode,
-            loss_function=LOSSES[loss, reduction],
+            loss_function=function,
             name=name,
         )
         victim._check_shapes()
