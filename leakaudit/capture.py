@@ -62,6 +62,7 @@ def capture(
         victim: the model as downloaded; its mode, loss and normalisation are the client's.  Dropout, which
             only language models in train mode have, is drawn from `seed`.
         batch: exactly `round.num_examples` private examples.
+        round: what the client does in the end: defenses that change it (`Defense.round`) are the caller's to ask.
         defenses: (spec, defense) in the order they are applied, the spec for the manifest.
         include_buffers: also share buffers, as a client that uploads its state dict does.
             They move only in train mode; defenses do not touch them.
@@ -72,6 +73,8 @@ def capture(
     come to every example, or the update is not finite (a learning rate too large).
     """
     _refuse_idle_examples(round)
+    for _, defense in defenses:
+        victim = defense.victim(victim)
     if len(batch) != round.num_examples:
         raise InputError(f"the round takes {round.num_examples} examples, the batch holds {len(batch)}")
     x, y = medium_of(victim).tensors(victim, batch)
@@ -153,6 +156,7 @@ def _manifest(
             "local_steps": round.local_steps,
             "num_examples": round.num_examples,
             "local_batch_size": round.local_batch_size,
+            "clients": round.clients if round.clients > 1 else None,
             "loss": loss,
             "reduction": reduction,
             "mode": victim.mode,

@@ -6,7 +6,7 @@ This is where truth enters, after the attacks have run.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -17,7 +17,7 @@ from leakaudit.attacks.base import Reconstruction
 from leakaudit.outcomes import MATCHED, Measured, Outcome
 from leakaudit.policy import Policy
 from leakaudit.results import Attempt, SuccessRate, Trial
-from leakaudit.threat import View
+from leakaudit.threat import View, as_it_is
 
 if TYPE_CHECKING:
     from leakaudit.media.base import Medium
@@ -82,7 +82,9 @@ def illustrate(
     winner = outcome.best
     if winner is None:
         return trial
-    exhibit = medium.exhibit(winner.found, view, yardstick, folder, outcome.chosen.name, best=best)
+    exhibit = medium.exhibit(
+        decoded(winner.found, view), view, yardstick, folder, outcome.chosen.name, best=best
+    )
     return trial.model_copy(
         update={
             "best": outcome.attempts.index(winner),
@@ -95,6 +97,14 @@ def illustrate(
             "details": winner.found.details,
         }
     )
+
+
+def decoded(found: Reconstruction, view: View) -> Reconstruction:
+    """The private examples as the adversary makes them out from what the client trained on (`View.decode`)."""
+    if view.decode is as_it_is:
+        return found
+    x, y = view.decode(found.x, found.y)
+    return replace(found, x=x, y=y)
 
 
 def label_source(view: View, found: Reconstruction) -> str:
@@ -131,7 +141,7 @@ def _succeeded(medium: Medium[T, P], attempt: Measured, view: View, yardstick: Y
     """With the truth: the policy is broken.  Without: the update is matched."""
     if yardstick.truth is None:
         return attempt.residual < MATCHED
-    scored = medium.measure(attempt.found, view, yardstick, yardstick.policy.metrics)
+    scored = medium.measure(decoded(attempt.found, view), view, yardstick, yardstick.policy.metrics)
     return bool(yardstick.policy.broken_by(scored.per_example))
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -29,47 +30,62 @@ ClientUpdate = Callable[[Victim, Params, "Round", Tensor, Tensor], Update]
 
 @dataclass(frozen=True)
 class Round:
-    """What one client does between download and upload.
+    """What a client, or a cohort of them, does between download and upload.
 
     Attributes:
-        num_examples: private examples of the client, N.
-        local_steps: SGD steps; 1 with a full batch is FedSGD.
-        local_batch_size: examples a step, B; None for all N.
+        num_examples: private examples of all clients together, N.
+        local_steps: SGD steps of every client; 1 with a full batch is FedSGD.
+        local_batch_size: examples a step, B; None for all that a client has.
         learning_rate: of the local SGD (no momentum), > 0.  It scales nothing in
             one step, because updates are pseudo-gradients.
+        clients: how many hold the examples, equally many each, one after the other; what is seen is the
+            mean of their updates.
     """
 
     num_examples: int
     local_steps: int = 1
     local_batch_size: int | None = None
     learning_rate: float = 1.0
+    clients: int = 1
 
     def __post_init__(self) -> None:
         if self.num_examples < 1:
             raise ValueError(f"num_examples must be at least 1, got {self.num_examples}")
+        if self.clients < 1 or self.num_examples % self.clients:
+            raise ValueError(
+                f"clients must be at least 1 and share num_examples evenly, got {self.clients} of {self.num_examples}"
+            )
         if self.local_steps < 1:
             raise ValueError(f"local_steps must be at least 1, got {self.local_steps}")
-        if self.local_batch_size is not None and not 1 <= self.local_batch_size <= self.num_examples:
-            raise ValueError(
-                f"local_batch_size must be between 1 and {self.num_examples}, got {self.local_batch_size}"
-            )
+        own = self.num_examples // self.clients
+        if self.local_batch_size is not None and not 1 <= self.local_batch_size <= own:
+            raise ValueError(f"local_batch_size must be between 1 and {own}, got {self.local_batch_size}")
         if not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"learning_rate must be positive and finite, got {self.learning_rate}")
 
     @property
+    def own_examples(self) -> int:
+        """Private examples of each client."""
+        return self.num_examples // self.clients
+
+    @property
     def batch_size(self) -> int:
-        return self.local_batch_size or self.num_examples
+        return self.local_batch_size or self.own_examples
 
     @property
     def examples_used(self) -> int:
         """How many of the examples at least one local step sees."""
-        return min(self.num_examples, self.local_steps * self.batch_size)
+        return self.clients * min(self.own_examples, self.local_steps * self.batch_size)
 
     def batch(self, step: int) -> list[int]:
-        """Indices of the examples that local step `step` uses; the last batch of a pass may be short."""
-        batches = -(-self.num_examples // self.batch_size)
+        """Which of a client's own examples local step `step` uses; the last batch of a pass may be short."""
+        batches = -(-self.own_examples // self.batch_size)
         start = (step % batches) * self.batch_size
-        return list(range(start, min(start + self.batch_size, self.num_examples)))
+        return list(range(start, min(start + self.batch_size, self.own_examples)))
+
+    def of_one(self) -> Round:
+        """What each client does by itself."""
+        return replace(self, num_examples=self.own_examples, clients=1)
 
 
 def parameter_gradient(victim: Victim, params: Params, x: Tensor, y: Tensor) -> dict[str, Tensor]:
@@ -106,6 +122,8 @@ def local_steps(
 def client_update(victim: Victim, params: Params, round: Round, x: Tensor, y: Tensor) -> Update:
     """The pseudo-gradient of one client: (before - after) / learning_rate over its local SGD steps.
 
+    Of several clients, the mean over them (McMahan et al. 2017, algorithm 1, with equal weights).
+
     Args:
         params: the model the client downloaded; every entry is trained.
         x: model inputs (N, C, H, W); y: (N,) integers or (N, K) probabilities.
@@ -114,11 +132,27 @@ def client_update(victim: Victim, params: Params, round: Round, x: Tensor, y: Te
     The sum of the local gradients equals (before - after) / learning_rate exactly,
     without the cancellation of a subtraction.
     """
+    if round.clients > 1:
+        return mean_update(client_update, victim, params, round, x, y)
     total: Update | None = None
     for _, _, gradient in local_steps(victim, params, round, x, y):
         total = Update(gradient) if total is None else total + Update(gradient)
     assert total is not None  # a round has at least one step
     return total
+
+
+def mean_update(
+    client: ClientUpdate, victim: Victim, params: Params, round: Round, x: Tensor, y: Tensor
+) -> Update:
+    """The mean of what `client` makes of every client's own examples, in order."""
+    own = round.of_one()
+    updates = [
+        client(victim, params, own, part, labels)
+        for part, labels in zip(
+            torch.split(x, own.num_examples), torch.split(y, own.num_examples), strict=True
+        )
+    ]
+    return reduce(Update.__add__, updates) / round.clients
 
 
 def trained_buffers(victim: Victim, round: Round, x: Tensor, y: Tensor) -> dict[str, Tensor]:

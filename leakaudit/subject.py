@@ -212,7 +212,7 @@ def learn(view: View, inspection: Inspection) -> View:
     if knowledge.batch_size.value is None and inspection.batch_size_hint is not None:
         changes["batch_size"] = inferred(inspection.batch_size_hint, "rank of the last layer's gradient")
         count, size = inspection.batch_size_hint, round.local_batch_size
-        round = replace(round, num_examples=count, local_batch_size=size and min(size, count))
+        round = replace(round, num_examples=count, local_batch_size=size and min(size, count), clients=1)
     if knowledge.local_steps.value is None and inspection.local_steps is not None:
         changes["local_steps"] = inferred(inspection.local_steps, "num_batches_tracked")
         round = replace(round, local_steps=inspection.local_steps)

@@ -6,7 +6,7 @@ This is the only place that decides it.  `Knowledge` lists every assumption as a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -95,6 +95,10 @@ class Knowledge:
         return "upper bound" if any(fact.upper_bound for _, fact in self) else "realistic"
 
 
+def as_it_is(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    return x, y
+
+
 @dataclass(frozen=True)
 class View:
     """All that an attack sees.
@@ -106,6 +110,12 @@ class View:
         knowledge: what is known besides.
         client: how the adversary simulates a client; a defense it knows is simulated too.
         rounding: relative error of the observed update from how its file stored it, >= 0.
+        spread: name -> standard deviation of what was added to each number of that tensor of the update
+            (noise, or rounding taken for noise), as far as the adversary knows; names left out have none.
+        slack: half the width, number by number, of the interval around the observed value in which the
+            undisturbed one lies, where the update was quantised; None where it was not.
+        decode: from what the client trained on, as an attack finds it, to the private examples:
+            (x, y) -> (x, y).  Another thing than identity where inputs were mixed or disturbed.
     """
 
     victim: Victim
@@ -114,6 +124,9 @@ class View:
     knowledge: Knowledge = field(default_factory=Knowledge)
     client: ClientUpdate = client_update
     rounding: float = 0.0
+    spread: Mapping[str, float] = field(default_factory=dict)
+    slack: Update | None = None
+    decode: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = as_it_is
 
     def simulate(self, x: Tensor, y: Tensor) -> Update:
         """The update a client holding (x, y) would share, differentiable in x and y."""
@@ -149,7 +162,10 @@ class View:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> View:
         """The same view on another device or in another precision."""
         return replace(
-            self, victim=self.victim.to(device, dtype), observed=self.observed.to(device=device, dtype=dtype)
+            self,
+            victim=self.victim.to(device, dtype),
+            observed=self.observed.to(device=device, dtype=dtype),
+            slack=None if self.slack is None else self.slack.to(device=device, dtype=dtype),
         )
 
 
@@ -178,6 +194,7 @@ def see(victim: Victim, shared: SharedUpdate, labels: Tensor | None = None) -> V
             local_steps=steps or 1,
             local_batch_size=manifest.local_batch_size,
             learning_rate=manifest.learning_rate or 1.0,
+            clients=manifest.clients or 1,
         )
     except ValueError as error:
         raise InputError(f"the manifest is not a round: {error}") from error

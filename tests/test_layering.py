@@ -1,5 +1,5 @@
 """Imports run one way: errors, spec, results <- update <- models, formats <- rounds <- threat <- attacks,
-defenses <- audit <- cli."""
+defenses <- audit <- sweep <- cli."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ import leakaudit
 PACKAGE = Path(leakaudit.__file__).parent
 
 LAYERS = (
-    ("errors", "atomic", "spec", "results", "randomness"),
+    ("errors", "atomic", "spec", "results", "sweep_results", "randomness"),
     ("update",),
     ("models", "formats"),
     ("rounds",),
     ("threat",),
     ("attacks", "defenses"),
     ("auditing",),
+    ("sweep",),
     ("cli",),
 )
 """Lowest first; modules that are not listed belong to the layer of the audit."""
@@ -100,9 +101,17 @@ def test_defenses_never_see_attacks() -> None:
 
 def test_reports_never_import_torch() -> None:
     heavy = {"torch", "torchvision", "torchmetrics", "lpips", "transformers"}
-    for path in of("report", "results", "errors", "atomic", "spec", "policy", "judgement"):
+    for path in of("report", "results", "sweep_results", "errors", "atomic", "spec", "policy", "judgement"):
         assert not {name.split(".")[0] for name in imports(path)} & heavy, path
-        assert own(imports(path)) <= {"report", "results", "errors", "atomic", "spec", "policy"}, path
+        assert own(imports(path)) <= {
+            "report",
+            "results",
+            "sweep_results",
+            "errors",
+            "atomic",
+            "spec",
+            "policy",
+        }, path
 
 
 def test_nothing_imports_the_command_line() -> None:

@@ -177,3 +177,23 @@ def test_the_update_is_taken_at_the_downloaded_weights() -> None:
     update = client_update(victim, params, Round(2), x, y)
     assert_close(update, {n: p.grad for n, p in module.named_parameters() if p.grad is not None}, 1e-6)
     torch.testing.assert_close(victim.logits(params, x), functional_call(module, params, (x,)))
+
+
+def test_a_cohort_is_the_mean_of_its_clients() -> None:
+    victim, (x, y) = victim_of("mlp"), private_batch(4)
+    together = Round(4, clients=2, local_steps=2, learning_rate=0.1)
+    apart = [
+        client_update(victim, victim.params, Round(2, local_steps=2, learning_rate=0.1), x[part], y[part])
+        for part in (slice(0, 2), slice(2, 4))
+    ]
+    seen = client_update(victim, victim.params, together, x, y)
+    assert torch.allclose(seen.flat(), ((apart[0] + apart[1]) / 2).flat(), atol=1e-7)
+    whole = client_update(victim, victim.params, Round(4), x, y)
+    cohort = client_update(victim, victim.params, Round(4, clients=4), x, y)
+    assert torch.allclose(cohort.flat(), whole.flat(), atol=1e-7)  # one step: the gradient of the large batch
+
+
+@pytest.mark.parametrize(("count", "clients"), [(4, 3), (4, 0), (2, 4)])
+def test_clients_share_evenly(count: int, clients: int) -> None:
+    with pytest.raises(ValueError, match="clients must"):
+        Round(count, clients=clients)

@@ -452,7 +452,7 @@ def _has_low_rank(pieces: Mapping[str, Piece]) -> bool:
 
 
 def _single(view: View) -> View:
-    return replace(view, round=replace(view.round, num_examples=1, local_batch_size=None))
+    return replace(view, round=replace(view.round, num_examples=1, local_batch_size=None, clients=1))
 
 
 def forward_jacobian(

@@ -24,7 +24,7 @@ from leakaudit.attacks.matching import (
     statistics_distance,
     total_variation,
 )
-from leakaudit.threat import View
+from leakaudit.threat import View, as_it_is
 
 DistanceName = Literal["squared", "cosine", "relative"]
 DISTANCES: dict[DistanceName, Distance] = {"squared": squared, "cosine": cosine, "relative": relative}
@@ -82,10 +82,6 @@ class Matching:
             found = self.view.victim.batch_statistics(self.view.victim.params, x)
             loss = loss + self.statistics * statistics_distance(found, target)
         return loss
-
-
-def as_it_is(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    return x, y
 
 
 def lbfgs(

@@ -4,7 +4,7 @@ A defense is a frozen dataclass with `wrap(client, generator) -> client`: it tak
 that makes an update and returns one that makes the defended update.
 """
 
-from leakaudit.defenses.base import Defense, apply
+from leakaudit.defenses.base import Defense, adapt, apply
 from leakaudit.defenses.clipping import Clip
 from leakaudit.defenses.noise import GaussianNoise
 from leakaudit.defenses.pruning import TopK
@@ -17,4 +17,4 @@ DEFENSES: dict[str, Defense] = {
     "clip": Clip(),
 }
 
-__all__ = ["DEFENSES", "Clip", "Defense", "GaussianNoise", "Quantise", "TopK", "apply"]
+__all__ = ["DEFENSES", "Clip", "Defense", "GaussianNoise", "Quantise", "TopK", "adapt", "apply"]

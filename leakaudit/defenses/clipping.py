@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
-from leakaudit.defenses.base import after
+from leakaudit.defenses.base import Defense, after
 from leakaudit.rounds import ClientUpdate
 from leakaudit.update import Update
 
 
 @dataclass(frozen=True)
-class Clip:
+class Clip(Defense):
     """Scale the whole update down to `max_grad_norm` when it is longer (McMahan et al. 2018, flat clipping).
 
     Attributes:

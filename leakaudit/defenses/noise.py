@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from leakaudit.defenses.base import after
+from leakaudit.defenses.base import Defense, after
 from leakaudit.rounds import ClientUpdate
 
 
 @dataclass(frozen=True)
-class GaussianNoise:
+class GaussianNoise(Defense):
     """Independent N(0, std^2) on every number of the pseudo-gradient (Zhu et al. 2019, section 5.1).
 
     Attributes:

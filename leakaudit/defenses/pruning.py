@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from leakaudit.defenses.base import after
+from leakaudit.defenses.base import Defense, after
 from leakaudit.rounds import ClientUpdate
 
 
 @dataclass(frozen=True)
-class TopK:
+class TopK(Defense):
     """Keep the largest share `keep` of every tensor by magnitude, zero the rest (Zhu et al. 2019, section 5.2).
 
     Attributes:

@@ -8,12 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from leakaudit.defenses.base import after
+from leakaudit.defenses.base import Defense, after
 from leakaudit.rounds import ClientUpdate
 
 
 @dataclass(frozen=True)
-class Quantise:
+class Quantise(Defense):
     """Round every number of the update.
 
     Attributes:

@@ -39,7 +39,8 @@ class Manifest(BaseModel):
     kind: "gradient" (p.grad, or the mean of it), or "delta" (difference of parameters).
     sign: for a delta, which way it points: "before-minus-after" or "after-minus-before".
     learning_rate: of the local SGD that made a delta.
-    local_steps, num_examples, local_batch_size: the round; num_examples is the client's N.
+    local_steps, num_examples, local_batch_size: the round; num_examples is N, of all clients together.
+    clients: how many share the N examples evenly, where the update is their mean (secure aggregation).
     loss, reduction: "cross-entropy", "mean" or "sum".
     mode: "train" or "eval" of the module while the gradient was taken.
     normalisation, input_shape (C, H, W), num_classes, model, checkpoint_sha256: the model.
@@ -60,6 +61,7 @@ class Manifest(BaseModel):
     local_steps: Positive | None = None
     num_examples: Positive | None = None
     local_batch_size: Positive | None = None
+    clients: Positive | None = None
     loss: str | None = None
     reduction: Literal["mean", "sum"] | None = None
     mode: Literal["train", "eval"] | None = None
@@ -85,6 +87,8 @@ class Manifest(BaseModel):
             raise ValueError(
                 f"local_batch_size {self.local_batch_size} exceeds num_examples {self.num_examples}"
             )
+        if self.num_examples is not None and self.num_examples % (self.clients or 1):
+            raise ValueError(f"num_examples {self.num_examples} is not a multiple of clients {self.clients}")
         return self
 
     def merged(self, overrides: Manifest | None) -> Manifest:
