@@ -11,7 +11,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -26,11 +26,12 @@ from leakaudit.execution import OnProgress, Plan, choose
 from leakaudit.formats.checkpoint import save_checkpoint
 from leakaudit.formats.manifest import Manifest, build_manifest
 from leakaudit.formats.phrases import counted
-from leakaudit.media import Medium, medium_of
+from leakaudit.media import medium_of
+from leakaudit.media.base import metrics_of, policy_of
 from leakaudit.metrics import METRICS
 from leakaudit.models.victim import Mode, Victim
 from leakaudit.models.zoo import LANGUAGE, load_victim, parse_normalisation
-from leakaudit.policy import DEFAULT_POLICIES, MEDIUM_METRICS, Policy, check_medium, parse_policy
+from leakaudit.policy import MEDIUM_METRICS, parse_policy
 from leakaudit.report.folder import RESULT_NAME, read_run, write_run
 from leakaudit.results import AuditResult
 from leakaudit.rounds import Round
@@ -95,11 +96,11 @@ def attack(
     sources = Sources(update, model, checkpoint, before, manifest, labels, truth, pool, device)
     opened = open_update(sources, seed)
     medium = medium_of(opened.view.victim)
-    thresholds = _policy(policy, medium)
+    thresholds = policy_of(policy, medium)
     settings = Settings(
         plan=Plan(attacks=tuple(attacks), seed=seed, budget=budget, restarts=restarts),
         policy=thresholds,
-        metrics=_metrics(metrics, thresholds, medium),
+        metrics=metrics_of(metrics, thresholds, medium),
         controls=controls,
         redact=redact,
         command=command,
@@ -365,23 +366,6 @@ def _check_names(policy: str | None, metrics: Sequence[str] | None) -> None:
     for name in metrics or ():
         if name not in known:
             raise InputError(f"unknown metric {name!r}{suggest(name, known)}; known: {', '.join(known)}")
-
-
-def _policy(text: str | None, medium: Medium[Any, Any]) -> Policy:
-    policy = parse_policy(DEFAULT_POLICIES[medium.name] if text is None else text, medium.name)
-    check_medium(policy, medium.name)
-    return policy
-
-
-def _metrics(names: Sequence[str] | None, policy: Policy, medium: Medium[Any, Any]) -> tuple[str, ...]:
-    """The metrics asked for, and those that the policy needs."""
-    for name in names or ():
-        if name not in medium.known_metrics:
-            known = ", ".join(medium.known_metrics)
-            raise InputError(
-                f"metric {name} does not measure {medium.name}; known for {medium.name}: {known}"
-            )
-    return tuple(dict.fromkeys([*(names or medium.metrics), *policy.metrics]))
 
 
 def _positive(value: float | None, what: str) -> float | None:

@@ -72,7 +72,7 @@ def capture(
     Raises `InputError` when the batch does not fit the round or the model, the local steps do not
     come to every example, or the update is not finite (a learning rate too large).
     """
-    _refuse_idle_examples(round)
+    refuse_idle_examples(round)
     for _, defense in defenses:
         victim = defense.victim(victim)
     if len(batch) != round.num_examples:
@@ -101,8 +101,8 @@ def _seeded_dropout(seed: int) -> Iterator[None]:
         yield
 
 
-def _refuse_idle_examples(round: Round) -> None:
-    """An example that no step uses leaves no trace in the update, yet the truth would list it."""
+def refuse_idle_examples(round: Round) -> None:
+    """`InputError` where no step uses an example: it leaves no trace in the update, yet the truth would list it."""
     count, size = round.num_examples, round.batch_size
     if round.examples_used < count:
         raise InputError(

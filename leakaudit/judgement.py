@@ -13,6 +13,7 @@ CONTRADICTION = 10.0
 """Measured error over proven error (both RMS) above which the originals are not those of the update."""
 HOPELESS = 0.9
 """Relative residual above which the checkpoint itself is in doubt."""
+NO_CONTROL = "The positive control did not run."
 DISCRETE: frozenset[Medium] = frozenset({"text"})
 """Media in which the private input itself must explain the update, and a proven input is the private one."""
 
@@ -135,7 +136,7 @@ def judge(
             ],
             policy=text,
         )
-    reasons.append(positive.text if positive is not None else "The positive control did not run.")
+    reasons.append(positive.text if positive is not None else NO_CONTROL)
     return Verdict(
         status="inconclusive",
         headline="The attacks failed, and so may the audit.",
