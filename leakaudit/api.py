@@ -4,6 +4,7 @@ leakaudit.save_update("shared.safetensors", model, batch_size=8)      # in a tra
 result = leakaudit.attack("shared.safetensors", "resnet20", checkpoint="model.pt")
 result = leakaudit.audit("lenet", "photos/", num_examples=4)
 result = leakaudit.audit("hf:prajjwal1/bert-tiny", text="notes.txt", task="classification")
+result = leakaudit.defend("audit.toml")
 """
 
 from __future__ import annotations
@@ -39,6 +40,9 @@ from leakaudit.spec import format_spec, parse, suggest
 from leakaudit.subject import Sources, open_update
 
 if TYPE_CHECKING:
+    from leakaudit.progress import OnSweep
+    from leakaudit.sweep.config import SweepConfig
+    from leakaudit.sweep_results import SweepResult
     from leakaudit.text_data import PrivateText
 
 
@@ -196,6 +200,33 @@ def audit(
         command=command,
         title=title,
     )
+
+
+def defend(
+    config: SweepConfig | str | Path,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    on_progress: OnSweep | None = None,
+    command: str = "",
+) -> SweepResult:
+    """Sweep protocols, defenses, attacks and adversaries; see `leakaudit.sweep.config.SweepConfig`.
+
+    The result, the page, and everything the runs found are written to `config.out`.  With worker processes a
+    script must call this under `if __name__ == "__main__":`, as multiprocessing asks; `workers=0` needs none.
+
+    Args:
+        config: the sweep, or the TOML file that says what it is.
+        resume: finish a sweep that was ended; force: start anew where the folder holds one.
+
+    Ctrl-C ends the sweep with what is finished, and the result says so.
+    Raises `InputError` for anything that cannot be used, before anything is computed or written.
+    """
+    from leakaudit.sweep.config import SweepConfig, build_config, read_config  # sweeps stand above audits
+    from leakaudit.sweep.run import run_sweep
+
+    sweep = config if isinstance(config, SweepConfig) else build_config(read_config(config))
+    return run_sweep(sweep, resume=resume, force=force, on_progress=on_progress, command=command)
 
 
 def capture_update(

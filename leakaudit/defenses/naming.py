@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 
 from leakaudit.defenses import DEFENSES
 from leakaudit.defenses.base import Defense
@@ -37,14 +38,22 @@ def family(spec: str) -> str:
     return "+".join(part.partition(":")[0].strip() for part in _BETWEEN.split(spec))
 
 
-def strength(spec: str) -> tuple[str, float] | None:
-    """The first option that is a number; None where there is none."""
+def strength(spec: str, among: Sequence[str] = ()) -> tuple[str, float] | None:
+    """The first option that is a number, or that differs from the others of the family; None where there is none."""
+    others = [dict(_numbers(other)) for other in among if family(other) == family(spec)]
+    numbers = _numbers(spec)
+    varying = [pair for pair in numbers if any(other.get(pair[0]) != pair[1] for other in others)]
+    return next(iter([*varying, *numbers]), None)
+
+
+def _numbers(spec: str) -> list[tuple[str, float]]:
+    found = []
     for _, defense in parse_defense(spec):
         for field in dataclasses.fields(defense):  # type: ignore[arg-type]
             value = getattr(defense, field.name)
             if isinstance(value, float):
-                return field.name, value
-    return None
+                found.append((field.name, value))
+    return found
 
 
 def _single(text: str) -> tuple[str, Defense]:

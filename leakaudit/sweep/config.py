@@ -209,7 +209,9 @@ def _named(content: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _refuse_unknown(values: Mapping[str, Any], known: Any, where: str) -> None:
     for key in values:
         if key not in known:
-            raise InputError(f"{where} has an unknown key {key!r}{suggest(key, known)}; known: {', '.join(known)}")
+            raise InputError(
+                f"{where} has an unknown key {key!r}{suggest(key, known)}; known: {', '.join(known)}"
+            )
 
 
 def _beside(key: str, value: Any, folder: Path) -> Any:

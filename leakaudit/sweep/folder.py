@@ -1,10 +1,10 @@
 """The sweep's folder: whose it is, what lies in it, and when it may be written to.
 
-    plan.json         which sweep it holds, written first
-    runs/KEY/         one run: result.json, report.html, pictures, and run.json when it is finished
-    targets/KEY.json  utility and bounds of a target
-    sweep.json        the result
-    report.html       the page
+plan.json         which sweep it holds, written first
+runs/KEY/         one run: result.json, report.html, pictures, and run.json when it is finished
+targets/KEY.json  utility and bounds of a target
+sweep.json        the result
+report.html       the page
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def open_folder(plan: SweepPlan, *, resume: bool, force: bool) -> Path:
         forget(folder)
     elif (folder / PLAN_NAME).exists():
         if _identity(folder) != plan.identity:
-            raise InputError(f"{folder} holds another sweep; accepted: --force to start anew, or another folder")
+            raise InputError(
+                f"{folder} holds another sweep; accepted: --force to start anew, or another folder"
+            )
         if not resume and any(job.stored(folder) is None for job in plan.jobs):
             raise InputError(
                 f"{folder} holds this sweep, unfinished; accepted: --resume to finish it, --force to start anew"

@@ -152,16 +152,12 @@ class RunJob:
         rms = {"noise_std": noise_std(view, captured), "update_rms": _rms(undefended)}
         return self.pending().model_copy(update={**run, **rms})
 
-    def _capture(
-        self, victim: Victim, batch: Any, defenses: tuple[tuple[str, Defense], ...]
-    ) -> Captured:
+    def _capture(self, victim: Victim, batch: Any, defenses: tuple[tuple[str, Defense], ...]) -> Captured:
         """The update after `defenses`, of the round that all of the target's make; drawn anew for every
         target, group and seed, and the same for every attack and adversary."""
         round = round_of(self.protocol, parse_defense(self.defense))
         name = f"sweep/{self.protocol}/{self.defense}/{self.first}"
-        return capture(
-            victim, batch, round, defenses=defenses, seed=fork(self.seed, name).initial_seed()
-        )
+        return capture(victim, batch, round, defenses=defenses, seed=fork(self.seed, name).initial_seed())
 
     def _checkpoint(self) -> str | None:
         return None if self.setup.checkpoint is None else Path(self.setup.checkpoint).name
@@ -227,9 +223,7 @@ def _rms(update: Update) -> float:
 # ------------------------------------------------------------------ from an audit to a run
 
 
-def summarise(
-    result: AuditResult, policy: Policy, metrics: tuple[str, ...], place: str
-) -> dict[str, Any]:
+def summarise(result: AuditResult, policy: Policy, metrics: tuple[str, ...], place: str) -> dict[str, Any]:
     """The fields of a `Run` that an audit gives; `place` is its folder, relative to the sweep's.
 
     The doubts of an audit (whether file and checkpoint belong together, whether there was a defense) are settled

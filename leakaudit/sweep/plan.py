@@ -19,8 +19,8 @@ from leakaudit.execution import choose
 from leakaudit.formats.phrases import counted
 from leakaudit.media import Medium, medium_of
 from leakaudit.media.base import metrics_of, policy_of
-from leakaudit.policy import Policy, parse_policy
 from leakaudit.policy import Medium as MediumName
+from leakaudit.policy import Policy, parse_policy
 from leakaudit.rounds import Round
 from leakaudit.sweep.config import SweepConfig
 from leakaudit.sweep.jobs import Job, RunJob
@@ -166,7 +166,7 @@ def _cells(
     asked = NO_DEFENSE in config.defenses or not config.defenses
     cells = []
     for target in targets:
-        adversaries = dict.fromkeys(config.adversaries) if target.defense != NO_DEFENSE else ("oblivious",)
+        adversaries = _adversaries(config, target)
         for attack in attacks:
             for adversary in adversaries:
                 jobs = namer.runs(target, attack, adversary)
@@ -175,6 +175,11 @@ def _cells(
                 counts = asked or target.defense != NO_DEFENSE
                 cells.append(CellPlan(target, attack, adversary, jobs, control, counts))
     return cells
+
+
+def _adversaries(config: SweepConfig, target: Target) -> list[Adversary]:
+    """Without a defense there is nothing to know."""
+    return ["oblivious"] if target.defense == NO_DEFENSE else list(dict.fromkeys(config.adversaries))
 
 
 @dataclass(frozen=True)
@@ -209,7 +214,14 @@ class _Namer:
         )
 
     def _run(
-        self, protocol: str, defense: str, attack: str, adversary: Adversary, group: int, seed: int, count: int
+        self,
+        protocol: str,
+        defense: str,
+        attack: str,
+        adversary: Adversary,
+        group: int,
+        seed: int,
+        count: int,
     ) -> RunJob:
         config, setup, first = self.config, self.setup, group * count
         specification = {

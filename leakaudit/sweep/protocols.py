@@ -1,7 +1,7 @@
 """Protocols by name: what a client does in one round, before any defense.
 
-    fedsgd:batch_size=8
-    fedavg:steps=5,learning_rate=0.01,examples=4
+fedsgd:batch_size=8
+fedavg:steps=5,learning_rate=0.01,examples=4
 """
 
 from __future__ import annotations

@@ -118,7 +118,9 @@ def load_examples(setup: Setup) -> PrivateBatch | PrivateText:
 def load_pool(setup: Setup) -> Any:
     """Unrelated examples, for chance levels; loaded once a process."""
     victim = load_model(setup)
-    blank = View(victim, Round(1), Update(victim.params))  # a pool is of a model's inputs, whatever was observed
+    blank = View(
+        victim, Round(1), Update(victim.params)
+    )  # a pool is of a model's inputs, whatever was observed
     return medium_of(victim).read_pool(None, blank)
 
 
