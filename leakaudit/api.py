@@ -21,7 +21,7 @@ from leakaudit.auditing import Settings, Subject
 from leakaudit.auditing import audit as run_audit
 from leakaudit.capture import Captured, capture, steps_of_epochs, write_captured
 from leakaudit.data import PrivateBatch
-from leakaudit.defenses import DEFENSES
+from leakaudit.defenses.naming import Parts, parse_all
 from leakaudit.errors import InputError
 from leakaudit.execution import OnProgress, Plan, choose
 from leakaudit.formats.checkpoint import save_checkpoint
@@ -36,7 +36,7 @@ from leakaudit.policy import MEDIUM_METRICS, parse_policy
 from leakaudit.report.folder import RESULT_NAME, read_run, write_run
 from leakaudit.results import AuditResult
 from leakaudit.rounds import Round
-from leakaudit.spec import format_spec, parse, suggest
+from leakaudit.spec import suggest
 from leakaudit.subject import Sources, open_update
 
 if TYPE_CHECKING:
@@ -267,7 +267,7 @@ def capture_update(
         out, truth, save_model: files to write, all .safetensors.
         batch_size, local_steps or epochs, learning_rate: the round; several steps need a learning rate.
         normalisation: see `parse_normalisation`.
-        defenses: specs of `leakaudit.defenses.DEFENSES`, in order.
+        defenses: specs of `leakaudit.defenses.naming.parse_defense`, in order; several in one with "+" between.
 
     Returns what was written and assumed, in sentences.  Raises `InputError` for anything that does not fit.
     """
@@ -275,8 +275,8 @@ def capture_update(
         raise InputError(f"mode {mode!r}{suggest(mode, ('train', 'eval'))}; accepted: train, eval")
     source = _source(model, data, text, max_length)
     _check_targets(out, truth, save_model)
-    wrapped = [(_defense_spec(spec), parse(spec, DEFENSES, "defense")) for spec in defenses]
-    round = _round(batch_size, num_examples, local_steps, epochs, learning_rate)
+    parts = parse_all(defenses)
+    round = _defended(_round(batch_size, num_examples, local_steps, epochs, learning_rate), parts)
     victim = load_victim(
         model,
         checkpoint=checkpoint,
@@ -292,7 +292,7 @@ def capture_update(
     batch = medium_of(victim).load(
         source, victim, round.num_examples, start=start, max_length=max_length, seed=seed
     )
-    captured = capture(victim, batch, round, defenses=wrapped, include_buffers=buffers, seed=seed)
+    captured = capture(victim, batch, round, defenses=parts, include_buffers=buffers, seed=seed)
     return _write(captured, victim, batch, Path(out), truth, save_model)
 
 
@@ -376,9 +376,14 @@ def _round(
         raise InputError(str(error)) from error
 
 
-def _defense_spec(text: str) -> str:
-    name = text.partition(":")[0].strip()
-    return format_spec(name, parse(text, DEFENSES, "defense"), DEFENSES[name])
+def _defended(round: Round, parts: Parts) -> Round:
+    """What the client does instead of `round`; `InputError` where a defense cannot do that."""
+    for spec, defense in parts:
+        try:
+            round = defense.round(round)
+        except ValueError as error:
+            raise InputError(f"defense {spec!r}: {error}") from error
+    return round
 
 
 def _stated(manifest: Manifest | None, task: str | None, lora: str | None) -> Manifest | None:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from leakaudit.data import PrivateBatch
-from leakaudit.defenses import Defense, GaussianNoise, apply
+from leakaudit.defenses import Defense, apply
+from leakaudit.defenses.noise import Noise
 from leakaudit.errors import InputError
 from leakaudit.formats.checkpoint import parameters_sha256
 from leakaudit.formats.manifest import Manifest, build_manifest
@@ -177,6 +178,6 @@ def _loss(victim: Victim) -> tuple[str | None, str | None]:
 
 
 def _noise(defenses: Sequence[tuple[str, Defense]]) -> float | None:
-    """Standard deviation of noise on the update as shared, when nothing changes it afterwards."""
+    """Standard deviation of noise on the update as shared, when it is stated and nothing changes it afterwards."""
     last = defenses[-1][1] if defenses else None
-    return last.std if isinstance(last, GaussianNoise) else None
+    return last.std if isinstance(last, Noise) and last.relative is None else None

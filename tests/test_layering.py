@@ -15,7 +15,7 @@ import leakaudit
 PACKAGE = Path(leakaudit.__file__).parent
 
 LAYERS = (
-    ("errors", "atomic", "spec", "results", "sweep_results", "randomness"),
+    ("errors", "atomic", "spec", "results", "sweep_results", "randomness", "plugins"),
     ("update",),
     ("models", "formats"),
     ("rounds",),

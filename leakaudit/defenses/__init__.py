@@ -4,17 +4,38 @@ A defense is a frozen dataclass with `wrap(client, generator) -> client`: it tak
 that makes an update and returns one that makes the defended update.
 """
 
-from leakaudit.defenses.base import Defense, adapt, apply
+from leakaudit.defenses.base import Defense, adapt, apply, preset
 from leakaudit.defenses.clipping import Clip
-from leakaudit.defenses.noise import GaussianNoise
-from leakaudit.defenses.pruning import TopK
+from leakaudit.defenses.noise import GaussianNoise, LaplaceNoise
+from leakaudit.defenses.pruning import DeepGradientCompression, RandomK, TopK
 from leakaudit.defenses.quantisation import Quantise
+from leakaudit.plugins import Registry
 
-DEFENSES: dict[str, Defense] = {
-    "gaussian-noise": GaussianNoise(),
-    "top-k": TopK(),
-    "quantise": Quantise(),
-    "clip": Clip(),
-}
+DEFENSES: Registry[Defense] = Registry(
+    "leakaudit.defenses",
+    "defense",
+    preset,
+    {
+        "gaussian-noise": GaussianNoise(),
+        "laplace-noise": LaplaceNoise(),
+        "top-k": TopK(),
+        "random-k": RandomK(),
+        "dgc": DeepGradientCompression(),
+        "quantise": Quantise(),
+        "clip": Clip(),
+    },
+)
 
-__all__ = ["DEFENSES", "Clip", "Defense", "GaussianNoise", "Quantise", "TopK", "adapt", "apply"]
+__all__ = [
+    "DEFENSES",
+    "Clip",
+    "DeepGradientCompression",
+    "Defense",
+    "GaussianNoise",
+    "LaplaceNoise",
+    "Quantise",
+    "RandomK",
+    "TopK",
+    "adapt",
+    "apply",
+]
