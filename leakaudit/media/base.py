@@ -69,13 +69,13 @@ class Medium(Protocol[T, P]):
         self,
         source: str | Path,
         victim: Victim,
-        count: int,
+        count: int | None,
         *,
         start: int = 0,
         max_length: int | None = None,
         seed: int = 0,
     ) -> T:
-        """`count` private examples from `start` on; `max_length` is of sentences."""
+        """`count` private examples (None: all) from `start` on; `max_length` is of sentences."""
 
     def save_truth(self, path: str | Path, batch: T) -> None:
         """Write a private batch to a truth file."""

@@ -52,7 +52,7 @@ def assemble(
         seed=config.seed,
         metrics=list(plan.metrics),
         cells=cells,
-        utilities=[value for value in more if isinstance(value, Utility)],
+        utilities=[*plan.supplied, *(value for value in more if isinstance(value, Utility))],
         bounds=[value for value in more if isinstance(value, Bound)],
         gate=gate(counted_cells, plan.policy, config.quantile, baseline, now.date()),
         notes=[*_control_notes(plan, results), *_pending_notes(plan, results)],

@@ -51,18 +51,19 @@ class UtilityOptions(Options):
 
     Attributes:
         on: False leaves utility out.
-        steps, batch_size, learning_rate: of the training, the same for every target.
-        seeds: trainings of every target.
-        holdout: share of the data that is kept for measuring accuracy.
-        curves: JSON or CSV of curves already trained, instead.
+        steps, batch_size, learning_rate, momentum, holdout, seeds: as for `leakaudit.sweep.utility.Training`.
+        examples: of the data, from its first on, to train on and hold out; None for all there are.
+        curves: JSON or CSV of curves already trained, instead; see `leakaudit.sweep.curves.read_curves`.
     """
 
     on: bool = True
-    steps: AtLeastOne = 200
-    batch_size: AtLeastOne = 16
-    learning_rate: Annotated[float, Field(gt=0)] = 0.05
-    seeds: AtLeastOne = 3
+    steps: AtLeastOne = 300
+    batch_size: AtLeastOne = 32
+    learning_rate: Annotated[float, Field(gt=0)] = 0.1
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     holdout: Share = 0.2
+    seeds: AtLeastOne = 3
+    examples: AtLeastOne | None = None
     curves: Path | None = None
 
 
@@ -72,7 +73,7 @@ class BoundOptions(Options):
     Attributes:
         on: False leaves bounds out.
         prior: probability that the adversary's best guess without the update is right (Hayes et al. 2023).
-        delta: of (epsilon, delta) differential privacy.
+        delta: of (epsilon, delta) differential privacy, here and beside utility.
         sample_rate: share of a client's data in each update; 1 for all.
         steps: updates the client shares.
     """

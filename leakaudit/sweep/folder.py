@@ -19,11 +19,11 @@ from leakaudit.errors import InputError
 from leakaudit.report.folder import RESULT_NAME as AUDIT_NAME
 from leakaudit.sweep.jobs import RUNS
 from leakaudit.sweep.plan import SweepPlan
+from leakaudit.sweep.target_jobs import TARGETS
 
 PLAN_NAME = "plan.json"
 SWEEP_NAME = "sweep.json"
 PAGE_NAME = "report.html"
-TARGETS = "targets"
 SCHEMA_VERSION = 1
 
 _KEY = re.compile(r"[0-9a-f]{32}")
@@ -66,8 +66,8 @@ def forget(folder: Path) -> None:
     for path in sorted((folder / RUNS).glob("*")):
         if path.is_dir() and not path.is_symlink() and _KEY.fullmatch(path.name):
             shutil.rmtree(path)
-    for path in sorted((folder / TARGETS).glob("*.json")):
-        if _KEY.fullmatch(path.stem):
+    for path in sorted((folder / TARGETS).glob("*")):
+        if path.is_file() and _KEY.fullmatch(path.name.partition(".")[0]):
             path.unlink()
     for name in (RUNS, TARGETS):
         if (folder / name).is_dir() and not any((folder / name).iterdir()):

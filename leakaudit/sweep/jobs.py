@@ -19,8 +19,7 @@ from torch import Tensor
 from leakaudit.atomic import write_atomically
 from leakaudit.auditing import Settings, Subject, audit
 from leakaudit.capture import Captured, capture
-from leakaudit.defenses.base import Defense, adapt
-from leakaudit.defenses.naming import parse_defense
+from leakaudit.defenses.naming import Parts, adapted, parse_defense
 from leakaudit.execution import Plan
 from leakaudit.formats.loading import SharedUpdate
 from leakaudit.formats.phrases import first_line
@@ -59,9 +58,6 @@ class Job(Protocol):
 
     def failed(self, error: str) -> Value:
         """The result when the process that did it died."""
-
-    def pending(self) -> Value:
-        """The result when it was not begun, or not finished."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +148,7 @@ class RunJob:
         rms = {"noise_std": noise_std(view, captured), "update_rms": _rms(undefended)}
         return self.pending().model_copy(update={**run, **rms})
 
-    def _capture(self, victim: Victim, batch: Any, defenses: tuple[tuple[str, Defense], ...]) -> Captured:
+    def _capture(self, victim: Victim, batch: Any, defenses: Parts) -> Captured:
         """The update after `defenses`, of the round that all of the target's make; drawn anew for every
         target, group and seed, and the same for every attack and adversary."""
         round = round_of(self.protocol, parse_defense(self.defense))
@@ -166,7 +162,7 @@ class RunJob:
 def look(
     victim: Victim,
     captured: Captured,
-    defenses: tuple[tuple[str, Defense], ...],
+    defenses: Parts,
     adversary: Adversary,
     *,
     labels: Tensor | None,
@@ -194,14 +190,15 @@ def look(
         sha256="",
         raw=update,
     )
-    view = see(victim, shared, labels)
-    inspection = medium.inspect(view, dtypes=shared.dtypes, generator=fork(seed, "inspection"))
+    view, known = see(victim, shared, labels), () if unaware else defenses
+    inspection = medium.inspect(
+        replace(view, knowledge=adapted(view, known).knowledge),  # that there is noise, or no scale
+        dtypes=shared.dtypes,
+        generator=fork(seed, "inspection"),
+    )
     if unaware:
         inspection = replace(inspection, noise_std=None)
-    view = learn(view, inspection)
-    if adversary == "adaptive":
-        view = adapt(view, [defense for _, defense in defenses])
-    return view, inspection
+    return adapted(learn(view, inspection), known), inspection
 
 
 def noise_std(view: View, captured: Captured) -> float:

@@ -9,8 +9,9 @@ from leakaudit.atomic import writable_folder, write_atomically
 from leakaudit.report.junit import junit_xml
 from leakaudit.report.sarif import sarif
 from leakaudit.report.summary import append_summary, markdown
+from leakaudit.report.sweep_page import write_sweep_page
 from leakaudit.sweep.config import SweepConfig
-from leakaudit.sweep.folder import SWEEP_NAME
+from leakaudit.sweep.folder import PAGE_NAME, SWEEP_NAME
 from leakaudit.sweep_results import SweepResult
 
 
@@ -27,6 +28,8 @@ def write_outputs(result: SweepResult, config: SweepConfig, folder: Path) -> Non
     Raises `InputError` when a file cannot be written.
     """
     write_atomically(folder / SWEEP_NAME, result.to_json().encode())
+    for page in filter(None, (folder / PAGE_NAME, config.html)):
+        write_sweep_page(result, folder, page, redact=result.redacted)
     if config.junit is not None:
         write_atomically(config.junit, junit_xml(result).encode())
     if config.sarif is not None:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from leakaudit import __version__
@@ -16,17 +16,27 @@ from leakaudit.attacks.registry import medium_of_attack
 from leakaudit.defenses.naming import expand, parse_defense
 from leakaudit.errors import InputError
 from leakaudit.execution import choose
-from leakaudit.formats.phrases import counted
 from leakaudit.media import Medium, medium_of
 from leakaudit.media.base import metrics_of, policy_of
 from leakaudit.policy import Medium as MediumName
 from leakaudit.policy import Policy, parse_policy
 from leakaudit.rounds import Round
 from leakaudit.sweep.config import SweepConfig
+from leakaudit.sweep.curves import read_curves
 from leakaudit.sweep.jobs import Job, RunJob
 from leakaudit.sweep.protocols import CONTROL, canonical, round_of
-from leakaudit.sweep.setup import Setup, example_hashes, load_model, model_hash, setup_of
-from leakaudit.sweep_results import Adversary
+from leakaudit.sweep.setup import (
+    Setup,
+    batch_hash,
+    example_hashes,
+    load_all,
+    load_model,
+    model_hash,
+    setup_of,
+)
+from leakaudit.sweep.target_jobs import UtilityJob
+from leakaudit.sweep.utility import Training
+from leakaudit.sweep_results import Adversary, Utility
 
 NO_DEFENSE = "none"
 
@@ -62,7 +72,8 @@ class SweepPlan:
 
     Attributes:
         parameters: of the model, how many.
-        more: jobs besides the runs: utility and bounds.
+        more: jobs besides the runs, for whole targets.
+        supplied: utilities that the user had already.
     """
 
     config: SweepConfig
@@ -73,6 +84,7 @@ class SweepPlan:
     parameters: int
     cells: tuple[CellPlan, ...]
     more: tuple[Job, ...] = ()
+    supplied: tuple[Utility, ...] = ()
 
     @property
     def runs(self) -> list[RunJob]:
@@ -119,6 +131,7 @@ def plan_sweep(config: SweepConfig) -> SweepPlan:
     policy = policy_of(config.fail_on, medium)
     metrics = metrics_of(config.metrics, policy, medium)
     namer = _Namer(config, setup, str(policy), metrics, model_hash(victim), tuple(example_hashes(setup)))
+    supplied = _supplied(config, targets)
     return SweepPlan(
         config=config,
         setup=setup,
@@ -127,6 +140,8 @@ def plan_sweep(config: SweepConfig) -> SweepPlan:
         metrics=metrics,
         parameters=sum(p.numel() for p in (*victim.params.values(), *victim.frozen.values())),
         cells=tuple(_cells(config, targets, attacks, namer)),
+        more=() if supplied else tuple(_trainings(config, setup, targets)),
+        supplied=supplied,
     )
 
 
@@ -182,6 +197,58 @@ def _adversaries(config: SweepConfig, target: Target) -> list[Adversary]:
     return ["oblivious"] if target.defense == NO_DEFENSE else list(dict.fromkeys(config.adversaries))
 
 
+# ------------------------------------------------------------------ utility
+
+
+def _supplied(config: SweepConfig, targets: Sequence[Target]) -> tuple[Utility, ...]:
+    """The curves of the user's file under the names of the targets; `InputError` for one that is no target."""
+    options = config.utility
+    if not options.on or options.curves is None:
+        return ()
+    names = {(target.protocol, target.defense) for target in targets}
+    found = []
+    for utility in read_curves(options.curves):
+        name = canonical(utility.protocol), *expand(utility.defense)
+        if name not in names:
+            raise InputError(f"{options.curves} has curves of {' | '.join(name)}, which is not in this sweep")
+        found.append(utility.model_copy(update={"protocol": name[0], "defense": name[1]}))
+    return tuple(found)
+
+
+def _trainings(config: SweepConfig, setup: Setup, targets: Sequence[Target]) -> Iterator[UtilityJob]:
+    options = config.utility
+    if not options.on:
+        return
+    victim = load_model(setup)
+    training = Training(
+        steps=options.steps,
+        batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        momentum=options.momentum,
+        holdout=options.holdout,
+        seeds=options.seeds,
+        delta=config.bounds.delta,
+    )
+    common = {
+        "version": __version__,
+        "model": _model(setup, model_hash(victim)),
+        "data": batch_hash(victim, load_all(setup, options.examples)),
+        "training": asdict(training),
+        "seed": config.seed,
+    }
+    for target in targets:
+        names = {"protocol": target.protocol, "defense": target.defense}
+        key = digest(common | names)
+        yield UtilityJob(key, setup, target.protocol, target.defense, training, options.examples, config.seed)
+
+
+def _model(setup: Setup, hash: str) -> list[str | None]:
+    return [setup.model, hash, setup.task, setup.lora, setup.mode, setup.normalisation]
+
+
+# ------------------------------------------------------------------ keys
+
+
 @dataclass(frozen=True)
 class _Namer:
     """Makes runs with their keys; `examples` are hashes."""
@@ -226,7 +293,7 @@ class _Namer:
         config, setup, first = self.config, self.setup, group * count
         specification = {
             "version": __version__,
-            "model": [setup.model, self.model, setup.task, setup.lora, setup.mode, setup.normalisation],
+            "model": _model(setup, self.model),
             "examples": self.examples[first : first + count],
             "protocol": protocol,
             "defense": defense,
@@ -257,10 +324,3 @@ class _Namer:
             metrics=self.metrics,
             redact=config.redact,
         )
-
-
-def describe(plan: SweepPlan) -> str:
-    """'24 cells, 96 runs of 4 private images'."""
-    noun = "image" if plan.medium == "images" else "sentence"
-    examples = counted(plan.config.images, f"private {noun}")
-    return f"{counted(len(plan.cells), 'cell')}, {counted(len(plan.runs), 'run')} of {examples}"

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from leakaudit.capture import refuse_idle_examples, steps_of_epochs
-from leakaudit.defenses.base import Defense
+from leakaudit.defenses.naming import Parts
 from leakaudit.errors import InputError
 from leakaudit.rounds import Round
 from leakaudit.spec import format_spec, parse
@@ -71,7 +71,7 @@ def canonical(text: str) -> str:
     return spec
 
 
-def round_of(spec: str, defenses: tuple[tuple[str, Defense], ...] = ()) -> Round:
+def round_of(spec: str, defenses: Parts = ()) -> Round:
     """What the client does in the end: the protocol's round as the defenses, applied in order, change it.
 
     Raises `InputError` when that is no round, or leaves examples unused.

@@ -86,31 +86,40 @@ def _source(config: SweepConfig) -> str:
 @functools.lru_cache(maxsize=1)
 def load_model(setup: Setup) -> Victim:
     """The model that every client downloads, in the client's mode; loaded once a process."""
-    victim = load_victim(
+    return fresh_model(setup, setup.seed).to(pick_device(setup.device))
+
+
+def fresh_model(setup: Setup, seed: int) -> Victim:
+    """The same model with what no checkpoint gives drawn from `seed`, on the CPU."""
+    return load_victim(
         setup.model,
         checkpoint=setup.checkpoint,
         num_classes=setup.num_classes,
         input_shape=setup.input_shape,
         normalisation=parse_normalisation(setup.normalisation),
         mode=setup.mode,
-        seed=setup.seed,
+        seed=seed,
         task=setup.task,
         lora=setup.lora,
     )
-    return victim.to(pick_device(setup.device))
 
 
 @functools.lru_cache(maxsize=1)
 def load_examples(setup: Setup) -> PrivateBatch | PrivateText:
-    """All private examples, on the CPU; loaded once a process."""
+    """The private examples that are attacked, on the CPU; loaded once a process."""
+    return _load(setup, setup.count, setup.start)
+
+
+@functools.lru_cache(maxsize=1)
+def load_all(setup: Setup, count: int | None) -> PrivateBatch | PrivateText:
+    """The data to train on: the first `count` examples, or all; loaded once a process."""
+    return _load(setup, count, 0)
+
+
+def _load(setup: Setup, count: int | None, start: int) -> PrivateBatch | PrivateText:
     victim = load_model(setup)
     return medium_of(victim).load(
-        setup.source,
-        victim,
-        setup.count,
-        start=setup.start,
-        max_length=setup.max_length,
-        seed=setup.seed,
+        setup.source, victim, count, start=start, max_length=setup.max_length, seed=setup.seed
     )
 
 
@@ -132,8 +141,12 @@ def model_hash(victim: Victim) -> str:
 def example_hashes(setup: Setup) -> list[str]:
     """SHA-256 of the model input and label of every private example."""
     victim, batch = load_model(setup), load_examples(setup)
-    medium = medium_of(victim)
-    return [_hash(*medium.tensors(victim, batch.part(row, 1))) for row in range(len(batch))]
+    return [batch_hash(victim, batch.part(row, 1)) for row in range(len(batch))]
+
+
+def batch_hash(victim: Victim, batch: PrivateBatch | PrivateText) -> str:
+    """SHA-256 of the model inputs and labels."""
+    return _hash(*medium_of(victim).tensors(victim, batch))
 
 
 def _hash(*tensors: Tensor) -> str:
