@@ -175,7 +175,7 @@ def _by_rule(thresholds: Iterable[Threshold]) -> dict[str, Threshold]:
 def _place(path: str) -> dict[str, Any]:
     """The file as a URI; its first line, where it has lines."""
     pure = PurePath(path)
-    uri = pure.as_uri() if pure.is_absolute() else quote(pure.as_posix())
+    uri = pure.as_uri() if pure.is_absolute() else quote(pure.as_posix(), errors="replace")
     place: dict[str, Any] = {"artifactLocation": {"uri": uri}}
     if pure.suffix.lower() in TEXT_FILES:
         place["region"] = {"startLine": 1}
