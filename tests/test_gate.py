@@ -10,6 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from sweep_samples import LEAKING, POLICY, SAFE, TODAY, sample_cell, sample_cells, sample_run, sample_sweep
 
+from leakaudit.cli import main
 from leakaudit.errors import InputError
 from leakaudit.gate import (
     BASELINE_SCHEMA_VERSION,
@@ -439,3 +440,30 @@ def test_results_without_the_newer_fields_are_still_read() -> None:
     assert SweepResult.from_json(json.dumps(content)).gate.notes == []
     assert BASELINE_SCHEMA_VERSION == 1
     assert date.fromisoformat(END) > TODAY
+
+
+def test_the_command_accepts_and_refuses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*arguments: str) -> int:
+        monkeypatch.setattr("sys.argv", ["leakaudit", "baseline", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return int(ended.value.code or 0)
+
+    sweep = sample_sweep()
+    (tmp_path / SWEEP_NAME).write_text(sweep.to_json())
+    out = tmp_path / "baseline.json"
+    options = ["--owner", "ada", "--expires", "2999-01-01", "--reason", "pilot", "--out", str(out)]
+    assert run(str(tmp_path), *options) == 0
+    assert [entry.cell for entry in read_baseline(out).entries] == sweep.gate.broken
+    assert f"{sweep.gate.broken[0]}: ada, until 2999-01-01" in capsys.readouterr().out
+    before = out.read_bytes()
+    assert run(str(tmp_path), *options) == 2
+    assert run(str(tmp_path / "none"), *options) == 2
+    assert run(str(tmp_path), "--owner", "ada", "--expires", "soon", "--out", str(tmp_path / "b.json")) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 3
+    assert all(line.startswith("leakaudit: ") for line in errors)
+    assert out.read_bytes() == before
+    assert run(str(tmp_path), *options, "--force") == 0

@@ -18,7 +18,7 @@ from sweep_samples import LEAKING, POLICY, SAFE, TODAY, sample_cell, sample_cell
 
 from leakaudit import __version__
 from leakaudit.errors import InputError
-from leakaudit.gate import Baseline, standing
+from leakaudit.gate import Baseline, standing, write_baseline
 from leakaudit.report.junit import junit_xml
 from leakaudit.report.sarif import sarif
 from leakaudit.report.summary import LIMIT, NOTE, append_summary, code, markdown, shorten, text_of
@@ -113,6 +113,23 @@ def test_junit_never_shows_leakage_as_a_pass() -> None:
     skipped = case.find("skipped")
     assert skipped is not None
     assert "Leaks, but the policy is never" in (skipped.get("message") or "")
+
+
+def test_rows_that_the_gate_does_not_count_are_shown_and_fail_nothing(tmp_path: Path) -> None:
+    control = [sample_cell("none", LEAKING), sample_cell("none", control=None, attack="ig")]
+    counted = [sample_cell("sign")]
+    only_counted = sample_sweep(counted).gate
+    sweep = sample_sweep([*control, *counted], gate=only_counted)
+    assert sweep.exit_code == 0
+    elements = [[child.tag for child in case] for case in cases(junit_xml(sweep)).values()]
+    assert elements == [["skipped", "system-out"], ["skipped", "system-out"], ["system-out"]]
+    assert "Leaks, but the gate does not count this cell" in junit_xml(sweep)
+    assert results(sarif(sweep)) == []
+    text = markdown(sweep)
+    assert text.startswith("## Defense sweep: Within the policy\n")
+    assert "| leaks (not counted), ssim 0.93, psnr 31 |" in text
+    assert "| inconclusive (not counted), ssim 0.1, psnr 9 |" in text
+    assert write_baseline(sweep, tmp_path / "b.json", "ada", END, today=TODAY).entries == []
 
 
 def test_junit_names_what_the_baseline_no_longer_covers() -> None:
@@ -215,6 +232,13 @@ def test_sarif_of_a_proof_names_no_threshold() -> None:
     (item,) = results(log)
     assert item["ruleId"] == "leakage-proven"
     assert "determines the private images" in item["message"]["text"]
+
+
+def test_sarif_notes_what_leaks_under_never() -> None:
+    cells = [sample_cell("none", LEAKING), sample_cell("sign")]
+    log = sarif(sample_sweep(cells, policy="never"))
+    SARIF_VALIDATOR.validate(log)
+    assert [item["level"] for item in results(log)] == ["note", "note"]
 
 
 def test_sarif_has_one_result_a_rule_where_a_policy_asks_twice() -> None:
