@@ -15,6 +15,7 @@ from leakaudit import __version__
 from leakaudit.gate import Standing, acceptance, crossed, deciding_scores, policy_of, standing
 from leakaudit.policy import Policy, Threshold
 from leakaudit.report.words import metric_name, plain_number
+from leakaudit.results import NEVER
 from leakaudit.sweep_results import Acceptance, Cell, SweepResult
 
 SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
