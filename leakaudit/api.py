@@ -20,7 +20,7 @@ from leakaudit.auditing import Settings, Subject
 from leakaudit.auditing import audit as run_audit
 from leakaudit.capture import Captured, capture, steps_of_epochs, write_captured
 from leakaudit.data import PrivateBatch
-from leakaudit.defenses import DEFENSES
+from leakaudit.defenses import DEFENSES, Defense
 from leakaudit.errors import InputError
 from leakaudit.execution import OnProgress, Plan, choose
 from leakaudit.formats.checkpoint import save_checkpoint
@@ -234,6 +234,7 @@ def capture_update(
             `leakaudit.text_data.load_text` and `leakaudit.models.language.load_language_victim`.
         out, truth, save_model: files to write, all .safetensors.
         batch_size, local_steps or epochs, learning_rate: the round; several steps need a learning rate.
+            Some defenses change it: more examples, more steps, more clients.
         normalisation: see `parse_normalisation`.
         defenses: specs of `leakaudit.defenses.DEFENSES`, in order.
 
@@ -244,7 +245,8 @@ def capture_update(
     source = _source(model, data, text, max_length)
     _check_targets(out, truth, save_model)
     wrapped = [(_defense_spec(spec), parse(spec, DEFENSES, "defense")) for spec in defenses]
-    round = _round(batch_size, num_examples, local_steps, epochs, learning_rate)
+    asked = _round(batch_size, num_examples, local_steps, epochs, learning_rate)
+    round = _defended_round(asked, [defense for _, defense in wrapped])
     victim = load_victim(
         model,
         checkpoint=checkpoint,
@@ -261,7 +263,8 @@ def capture_update(
         source, victim, round.num_examples, start=start, max_length=max_length, seed=seed
     )
     captured = capture(victim, batch, round, defenses=wrapped, include_buffers=buffers, seed=seed)
-    return _write(captured, victim, batch, Path(out), truth, save_model)
+    changed = [] if round == asked else [f"Round: the defenses make it {_in_words(round)}"]
+    return [*changed, *_write(captured, victim, batch, Path(out), truth, save_model)]
 
 
 def _source(
@@ -342,6 +345,20 @@ def _round(
         )
     except ValueError as error:
         raise InputError(str(error)) from error
+
+
+def _defended_round(round: Round, defenses: Sequence[Defense]) -> Round:
+    """What the client does under the defenses, the first one asked first."""
+    for defense in defenses:
+        round = defense.round(round)
+    return round
+
+
+def _in_words(round: Round) -> str:
+    text = f"{counted(round.num_examples, 'example')}, {counted(round.local_steps, 'local step')}"
+    if round.clients > 1:
+        text += f", {round.clients} clients of {counted(round.own_examples, 'example')} each"
+    return text if round.local_steps == 1 else f"{text}, learning rate {round.learning_rate:g}"
 
 
 def _defense_spec(text: str) -> str:
