@@ -6,6 +6,7 @@ that makes an update and returns one that makes the defended update.
 
 from leakaudit.defenses.base import Defense, adapt, apply
 from leakaudit.defenses.clipping import Clip
+from leakaudit.defenses.dp_sgd import DPSGD, ClipExamples
 from leakaudit.defenses.noise import GaussianNoise
 from leakaudit.defenses.pruning import TopK
 from leakaudit.defenses.quantisation import Quantise
@@ -15,6 +16,19 @@ DEFENSES: dict[str, Defense] = {
     "top-k": TopK(),
     "quantise": Quantise(),
     "clip": Clip(),
+    "clip-examples": ClipExamples(),
+    "dp-sgd": DPSGD(),
 }
 
-__all__ = ["DEFENSES", "Clip", "Defense", "GaussianNoise", "Quantise", "TopK", "adapt", "apply"]
+__all__ = [
+    "DEFENSES",
+    "DPSGD",
+    "Clip",
+    "ClipExamples",
+    "Defense",
+    "GaussianNoise",
+    "Quantise",
+    "TopK",
+    "adapt",
+    "apply",
+]
