@@ -7,6 +7,7 @@ that makes an update and returns one that makes the defended update.
 from leakaudit.defenses.base import Defense, adapt, apply, preset
 from leakaudit.defenses.batch import LargerBatch, LocalSteps
 from leakaudit.defenses.clipping import Clip
+from leakaudit.defenses.dp_sgd import DPSGD, ClipExamples
 from leakaudit.defenses.freezing import Freeze
 from leakaudit.defenses.input_noise import InputNoise
 from leakaudit.defenses.mixup import MixUp
@@ -29,6 +30,8 @@ DEFENSES: Registry[Defense] = Registry(
         "dgc": DeepGradientCompression(),
         "quantise": Quantise(),
         "clip": Clip(),
+        "clip-examples": ClipExamples(),
+        "dp-sgd": DPSGD(),
         "batch": LargerBatch(),
         "local-steps": LocalSteps(),
         "secure-aggregation": SecureAggregation(),
@@ -41,7 +44,9 @@ DEFENSES: Registry[Defense] = Registry(
 
 __all__ = [
     "DEFENSES",
+    "DPSGD",
     "Clip",
+    "ClipExamples",
     "DeepGradientCompression",
     "Defense",
     "Freeze",
