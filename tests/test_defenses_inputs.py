@@ -13,11 +13,23 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from text_rounds import labels_of, tiny_victim, tokens_of
-from tiny_audits import CLASSES, SPACE, build, private_batch, victim_of, view_of
+from tiny_audits import (
+    CLASSES,
+    FACTORIES,
+    SPACE,
+    Ran,
+    Runner,
+    build,
+    private_batch,
+    runner,
+    victim_of,
+    view_of,
+    words,
+)
 from torch import Tensor, nn
 
 from leakaudit.capture import capture, write_captured
-from leakaudit.data import PrivateBatch, control_photos
+from leakaudit.data import PrivateBatch, control_photos, load_truth, photo_folder
 from leakaudit.defenses import (
     DEFENSES,
     Clip,
@@ -40,9 +52,11 @@ from leakaudit.defenses.unmixing import unmix
 from leakaudit.errors import InputError
 from leakaudit.formats.checkpoint import parameters_sha256
 from leakaudit.formats.loading import load_update
+from leakaudit.formats.reading import read_file
 from leakaudit.models.spaces import Pixels
 from leakaudit.models.victim import Params, Victim
 from leakaudit.randomness import fork
+from leakaudit.report.folder import read_run
 from leakaudit.rounds import Round, client_update
 from leakaudit.threat import Knowledge, View, known, see
 from leakaudit.update import Update
@@ -557,3 +571,73 @@ def test_text_has_no_pixels(name: str) -> None:
         client(victim, victim.params, Round(2), x, y)
     with pytest.raises(InputError, match=f"{name} is for images"):
         DEFENSES[name].adapt(View(victim, Round(2), Update(victim.params)))
+
+
+# ------------------------------------------------------------------ through the files, as the commands do it
+
+
+MLP = "toy.py:mlp"
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Runner:
+    (tmp_path / "toy.py").write_text(FACTORIES)
+    return runner(monkeypatch, capsys, tmp_path)
+
+
+def captured(command: Runner, *options: object) -> Ran:
+    data = ("--data", photo_folder(), "--input-shape", "3,8,8", "--num-classes", 5)
+    saved = (
+        "--out",
+        "shared.safetensors",
+        "--truth",
+        "truth.safetensors",
+        "--save-model",
+        "model.safetensors",
+    )
+    return command("capture", "--model", MLP, *data, *saved, *options)
+
+
+def test_a_capture_loads_what_the_defenses_make_of_the_round(command: Runner, tmp_path: Path) -> None:
+    chain = ("--defense", "secure-aggregation:clients=3", "--defense", "local-steps:steps=2")
+    done = captured(command, *chain)
+    assert done.code == 0, done.err
+    expected = "Round: the defenses make it 3 examples, 2 local steps, 3 clients of 1 example each"
+    assert expected in words(done.out)
+    manifest = read_file(tmp_path / "shared.safetensors").manifest
+    assert (manifest.num_examples, manifest.clients, manifest.local_steps) == (3, 3, 2)
+    assert manifest.defenses == ("secure-aggregation:clients=3", "local-steps:steps=2")
+    assert len(load_truth(tmp_path / "truth.safetensors")) == 3
+    assert "Round:" not in captured(command).out
+
+
+def test_an_adversary_who_is_not_told_attacks_what_a_frozen_client_shares(
+    command: Runner, tmp_path: Path
+) -> None:
+    assert captured(command, "--defense", "freeze:layers=*.bias").code == 0
+    attack = ("attack", "shared.safetensors", "--model", MLP, "--checkpoint", "model.safetensors")
+    done = command(*attack, "--truth", "truth.safetensors", "--attack", "idlg", "--out", "run")
+    assert done.code == 1, done.out + done.err
+    trial = read_run(tmp_path / "run").best_trial
+    assert trial is not None
+    assert trial.residual is not None
+    assert trial.residual < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("defense", "line"),
+    [
+        ("mixup", "mixes 2 examples of one client, which has 1"),
+        ("freeze:layers=conv*", "freezes none of the 4 parameters"),
+        ("soteria:layer=4", "is no fully connected layer"),
+        ("secure-aggregation:clients=1000", "1000"),
+        ("batch:size=0", "size must be at least 1, got 0"),
+    ],
+)
+def test_a_capture_that_cannot_be_is_one_line(
+    command: Runner, tmp_path: Path, defense: str, line: str
+) -> None:
+    done = captured(command, "--defense", defense)
+    assert done.code == 2
+    assert line in words(done.err)
+    assert not (tmp_path / "shared.safetensors").exists()
