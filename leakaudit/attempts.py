@@ -81,7 +81,8 @@ def _fingerprint(view: View, spec: str, seed: int) -> str:
     model = (victim.name, repr(victim.module), victim.mode, victim.loss_function.__name__, victim.space)
     digest = hashlib.sha256(repr((__version__, spec, seed, view.round, model, victim.dtype)).encode())
     facts = {name: (fact.value, fact.status) for name, fact in view.knowledge}
-    for content in (facts, view.observed, victim.params, victim.frozen, victim.buffers):
+    disturbance = (dict(view.spread), view.slack, getattr(view.client, "__qualname__", ""))
+    for content in (facts, disturbance, view.observed, victim.params, victim.frozen, victim.buffers):
         _digest(content, digest)
     return digest.hexdigest()[:16]
 
