@@ -24,35 +24,31 @@ LEAST_LENGTH = 0.1
 """Of the observed length, what is left at least for the undisturbed update."""
 
 
-def noise_of(view: View) -> dict[str, float]:
-    """Tensor name -> standard deviation of the noise on each of its numbers; empty where none is known.
-
-    `View.spread` where there is one, else `Knowledge.noise_std` for all alike.
-    """
-    if any(view.spread.values()):
-        return {name: float(view.spread.get(name, 0.0)) for name in view.observed}
-    noise = view.knowledge.noise_std.value
-    return dict.fromkeys(view.observed, float(noise)) if noise else {}
-
-
 def errors_of(view: View) -> dict[str, float]:
-    """As `noise_of`, rounding to an interval (`View.slack`) taken for noise uniform over it, and every
-    error at least the share `EXACT_SHARE` of the largest, so that it can be divided by."""
-    noise = noise_of(view)
-    squares = {name: noise.get(name, 0.0) ** 2 for name in view.observed}
-    if view.slack is not None:
-        for name, half in view.slack.items():
-            squares[name] += float(half.double().square().mean()) / 3
-    largest = max(squares.values(), default=0.0)
+    """Tensor name -> standard deviation of the error of each of its numbers; empty where none is known.
+
+    That of noise, or rounding taken for noise: `View.spread` where there is one, else `Knowledge.noise_std`
+    for all alike; at least that of rounding to an interval, uniform over it (`View.slack`); and at
+    least the share `EXACT_SHARE` of the largest, so that it can be divided by.
+    """
+    noise = float(view.knowledge.noise_std.value or 0.0)
+    spread = view.spread if any(view.spread.values()) else dict.fromkeys(view.observed, noise)
+    errors = {name: max(float(spread.get(name, 0.0)), _rounding(view, name)) for name in view.observed}
+    largest = max(errors.values(), default=0.0)
     if not largest > 0:
         return {}
-    return {name: max(square, EXACT_SHARE**2 * largest) ** 0.5 for name, square in squares.items()}
+    return {name: max(error, EXACT_SHARE * largest) for name, error in errors.items()}
+
+
+def _rounding(view: View, name: str) -> float:
+    """Standard deviation of an error uniform over the tensor's intervals."""
+    return 0.0 if view.slack is None else float((view.slack[name].double().square().mean() / 3).sqrt())
 
 
 def likely_length(view: View) -> float:
     """The most likely length of the undisturbed update: the observed one without that of known noise."""
     square = float(view.observed.to(dtype=torch.float64).norm().square())
-    noise = sum(std**2 * view.observed[name].numel() for name, std in noise_of(view).items())
+    noise = sum(std**2 * view.observed[name].numel() for name, std in errors_of(view).items())
     return float(max(square - noise, LEAST_LENGTH**2 * square) ** 0.5)
 
 
@@ -72,13 +68,14 @@ class Comparison:
 
     @classmethod
     def of(cls, view: View) -> Comparison:
-        """Rounding is an interval only where no noise blurs it."""
-        noise = noise_of(view)
-        factors = {name: 1 / error for name, error in errors_of(view).items()} if noise else {}
+        """Intervals count only where nothing is said of errors.  On photographs behind int8, rounding taken
+        for noise (`View.spread`), with the weight of the prior that goes with it, was 1.6 dB and 2.6 dB better on two of them."""
+        interval = not any(view.spread.values()) and not view.knowledge.noise_std.value
+        factors = {} if interval else {name: 1 / error for name, error in errors_of(view).items()}
         return cls(
             likely_length(view) if view.scale_free else None,
             _same_length(factors, view.observed),
-            None if noise else view.slack,
+            view.slack if interval else None,
         )
 
     def __call__(self, simulated: Update, observed: Update) -> tuple[Update, Update]:

@@ -15,18 +15,50 @@ from leakaudit.attacks.base import (
     require_falling,
     require_positive,
 )
-from leakaudit.attacks.disturbance import errors_of, noise_of
-from leakaudit.attacks.labels import infer_labels
+from leakaudit.attacks.disturbance import errors_of
+from leakaudit.attacks.labels import infer_labels, likely_labels
 from leakaudit.attacks.matching import cosine, variation
 from leakaudit.attacks.optimise import Candidate, Matching, Objective, adam, continuation, geometric, lbfgs
+from leakaudit.rounds import client_update
 from leakaudit.threat import View
 
 
 def assumed_labels(view: View, generator: torch.Generator) -> Tensor:
-    """The labels the adversary goes by: known, or inferred from the last layer's gradients; (N,) int64."""
+    """The labels the adversary goes by, (N,) int64: known, or inferred from the last layer's gradients.
+
+    Where a known defense leaves several in question for one example, each is tried (`most_fitting`).
+    """
     if view.knowledge.labels.value is not None:
         return torch.as_tensor(view.knowledge.labels.value, device=view.victim.device)
+    disturbed = bool(errors_of(view)) or view.client is not client_update
+    if disturbed and view.round.num_examples == 1 and view.round.local_steps == 1:
+        likely = likely_labels(view, CANDIDATES)
+        if likely:
+            return most_fitting(view, likely, generator)
     return infer_labels(view, generator).labels.to(view.victim.device)
+
+
+def most_fitting(view: View, labels: list[int], generator: torch.Generator) -> Tensor:
+    """The one of several labels for one example, (1,) int64, with which the update is matched best.
+
+    Each gets `TRIAL` calls of L-BFGS with a little of the prior, from the same start.
+    """
+    options = [torch.tensor([label], device=view.victim.device) for label in labels]
+    if len(options) == 1:
+        return options[0]
+    objective = _with_prior(Matching(view, "relative"), TRIAL_PRIOR)
+    start = view.victim.space.sample(1, generator, view.victim.dtype)
+    losses = []
+    for label in options:
+        monitor = Monitor()
+        lbfgs(Candidate(start, labels=label), objective, monitor, iterations=TRIAL)
+        losses.append(monitor.best_loss)
+    return options[min(range(len(options)), key=losses.__getitem__)]
+
+
+CANDIDATES = 10
+TRIAL = 4
+TRIAL_PRIOR = 1e-2
 
 
 @dataclass(frozen=True)
@@ -179,9 +211,9 @@ class TotalVariationPath:
         labels = assumed_labels(view, generator)
         x = view.victim.space.sample(view.round.num_examples, generator, view.victim.dtype)
         distance = Matching(view, "relative")
-        beyond = STAGES_BEYOND if noise_of(view) else 0
+        beyond = STAGES_BEYOND if distance.comparison.factors else 0
         monitor.expect((self.stages + beyond) * (self.iterations + 1))
-        weights = geometric(self.first, min(self.first, self._last(view)), self.stages)
+        weights = geometric(self.first, min(self.first, self._last(distance)), self.stages)
         x = self._stages(distance, x, labels, weights, monitor)
         used = weights[-1]
         for _ in range(beyond):
@@ -191,10 +223,10 @@ class TotalVariationPath:
             x = self._stages(distance, x, labels, [used], monitor)
         return monitor.result(details={"prior": used})
 
-    def _last(self, view: View) -> float:
+    def _last(self, distance: Matching) -> float:
         """The weight to end with."""
-        errors = errors_of(view)
-        if not noise_of(view):
+        view, errors = distance.view, errors_of(distance.view)
+        if not distance.comparison.factors:
             return self.last
         likelihood = sum(float((g / errors[name]).square().sum()) for name, g in view.observed.items()) / 2
         return PHOTOGRAPHIC * _pixels(view) / likelihood
@@ -237,7 +269,7 @@ def _explained(distance: Matching, x: Tensor, y: Tensor) -> bool:
     departure = simulated - view.observed
     chi_square = sum(float((g.double() / errors[name]).square().sum()) for name, g in departure.items())
     numbers = view.observed.numel()
-    return chi_square <= numbers + (2 * numbers) ** 0.5
+    return bool(chi_square <= numbers + (2 * numbers) ** 0.5)
 
 
 # Zhu, Liu, Han 2019, "Deep Leakage from Gradients", algorithm 1.  Deviations: a strong Wolfe line

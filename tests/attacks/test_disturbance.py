@@ -13,14 +13,17 @@ from tiny_audits import SPACE, private_batch, victim_of, view_of
 from torch import Tensor
 
 from leakaudit.attacks.base import Attack, Monitor
-from leakaudit.attacks.disturbance import Comparison, errors_of, likely_length, noise_of
-from leakaudit.attacks.gradient_matching import DLG, IDLG, TV_PATH, TotalVariationPath
+from leakaudit.attacks.disturbance import Comparison, errors_of, likely_length
+from leakaudit.attacks.gradient_matching import DLG, IDLG, TV_PATH, TotalVariationPath, assumed_labels
+from leakaudit.attacks.jacobian import System
+from leakaudit.attacks.labels import likely_labels
+from leakaudit.attacks.levenberg_marquardt import LevenbergMarquardt
 from leakaudit.attacks.matching import fitted, outside, squared
 from leakaudit.attacks.optimise import Matching
 from leakaudit.defenses.base import after
 from leakaudit.randomness import fork
 from leakaudit.rounds import client_update
-from leakaudit.threat import View, known
+from leakaudit.threat import Fact, View, known
 from leakaudit.update import Update
 
 NUMBERS = st.lists(st.floats(-3, 3, width=32), min_size=6, max_size=6)
@@ -126,12 +129,12 @@ def test_errors_are_those_of_noise_and_of_rounding_together() -> None:
     names = list(view.observed)
     slack = view.observed.map(lambda g: torch.full_like(g, 0.03))
     both = replace(view, spread={names[0]: 0.04}, slack=slack)
-    assert noise_of(view) == errors_of(view) == {}
-    assert noise_of(both) == {name: 0.04 * (name == names[0]) for name in names}
-    assert errors_of(both)[names[0]] == pytest.approx((0.04**2 + 0.03**2 / 3) ** 0.5)
+    assert errors_of(view) == {}
+    assert errors_of(both)[names[0]] == 0.04, "a spread already holds the rounding"
     assert errors_of(both)[names[1]] == pytest.approx(0.03 / 3**0.5)
     assert errors_of(replace(view, spread={names[0]: 1.0}))[names[1]] == pytest.approx(1e-3)
-    assert Comparison.of(both).slack is None, "noise blurs the interval"
+    assert Comparison.of(both).slack is None
+    assert Comparison.of(replace(view, slack=slack)).slack is slack
 
 
 def test_the_likely_length_is_that_without_the_noise() -> None:
@@ -228,3 +231,47 @@ def test_knowing_the_interval_of_rounding_beats_taking_numbers_for_exact() -> No
     attack = replace(TV_PATH, iterations=4, stages=3)
     aware, blind = (attack.run(v, fork(0, "a"), Monitor()).x for v in (adaptive, oblivious))
     assert error(aware, x) < error(blind, x)
+
+
+def test_a_label_in_doubt_is_settled_by_the_match() -> None:
+    view, x, y = smooth()
+    bias = view.victim.classifier().bias  # type: ignore[union-attr]
+    wrong = (int(y) + 1) % view.victim.num_classes
+    swapped = view.observed[bias].clone()  # type: ignore[index]
+    swapped[wrong] = swapped[int(y)] - 0.01
+    observed = Update({name: swapped if name == bias else g for name, g in view.observed.items()})
+    unknown = replace(view.knowledge, labels=Fact())
+    doubtful = replace(view, observed=observed, knowledge=unknown, spread=dict.fromkeys(observed, 1e-3))
+    doubtful = replace(doubtful, spread={**doubtful.spread, bias: 0.05})  # type: ignore[dict-item]
+    assert likely_labels(doubtful, 5)[:2] == [wrong, int(y)]
+    assert int(assumed_labels(doubtful, fork(0, "a"))) == int(y)
+    assert likely_labels(replace(doubtful, spread=dict.fromkeys(observed, 1e-4)), 5) == [wrong]
+
+
+def test_masked_numbers_are_no_equations() -> None:
+    view, x, y = smooth()
+    mask = largest(view)
+    masked = replace(view, observed=mask(view.observed), client=after(client_update, mask))
+    kept = sum(int((g != 0).sum()) for g in masked.observed.values())
+    system = System.of(masked.to(dtype=torch.float64), y, fork(0, "s"), 10**6)
+    assert len(system.target) == kept
+    assert float(system.residual(system.point(x.double())).norm()) < 1e-5 * float(system.target.norm())
+    found = LevenbergMarquardt(warm_start=0).run(masked, fork(0, "a"), Monitor())
+    assert error(found.x, x) < 1e-6
+
+
+def test_levenberg_marquardt_weighs_by_the_spread_without_a_scale_too() -> None:
+    """The same noise and prior, with and without a scale, give the same picture."""
+    view, x, _ = smooth()
+    std = 0.01 * float(view.observed.norm()) / view.observed.numel() ** 0.5
+    noisy = replace(disturbed(view, std), spread=dict.fromkeys(view.observed, std))
+    free = replace(
+        noisy,
+        observed=noisy.observed * 7.0,
+        spread={name: 7.0 * value for name, value in noisy.spread.items()},
+        knowledge=replace(view.knowledge, scale=known(False, "test")),
+    )
+    attack = LevenbergMarquardt(warm_start=0, iterations=8)
+    scaled, unscaled = (error(attack.run(v, fork(0, "a"), Monitor()).x, x) for v in (noisy, free))
+    assert max(scaled, unscaled) < 5e-3
+    assert unscaled == pytest.approx(scaled, rel=0.5)
