@@ -5,7 +5,8 @@ Public functions and types, each imported only when it is first used:
     save_update, load_update      a shared-update file, written from and read into Python
     capture_update                the client's side of a round on real images
     attack, audit                 reconstruct from a file; capture and reconstruct in one go
-    AuditResult, read_run         what they return, and how to read it back from a run folder
+    defend                        sweep defenses, and what each stops and costs
+    AuditResult, read_run         what audits return, and how to read it back from a run folder
     Manifest, Update, Victim, load_victim
     InputError                    what every function raises for input it cannot use
 """
@@ -26,6 +27,7 @@ _HOMES = {
     "attack": "leakaudit.api",
     "audit": "leakaudit.api",
     "capture_update": "leakaudit.api",
+    "defend": "leakaudit.api",
     "load_update": "leakaudit.formats.loading",
     "load_victim": "leakaudit.models.zoo",
     "read_run": "leakaudit.report.folder",
@@ -35,7 +37,7 @@ _HOMES = {
 __all__ = sorted(_HOMES)
 
 if TYPE_CHECKING:
-    from leakaudit.api import attack, audit, capture_update
+    from leakaudit.api import attack, audit, capture_update, defend
     from leakaudit.errors import InputError
     from leakaudit.formats.loading import load_update
     from leakaudit.formats.manifest import Manifest

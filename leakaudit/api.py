@@ -4,6 +4,7 @@ leakaudit.save_update("shared.safetensors", model, batch_size=8)      # in a tra
 result = leakaudit.attack("shared.safetensors", "resnet20", checkpoint="model.pt")
 result = leakaudit.audit("lenet", "photos/", num_examples=4)
 result = leakaudit.audit("hf:prajjwal1/bert-tiny", text="notes.txt", task="classification")
+result = leakaudit.defend("audit.toml")
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -20,24 +21,28 @@ from leakaudit.auditing import Settings, Subject
 from leakaudit.auditing import audit as run_audit
 from leakaudit.capture import Captured, capture, steps_of_epochs, write_captured
 from leakaudit.data import PrivateBatch
-from leakaudit.defenses import DEFENSES
+from leakaudit.defenses.naming import Parts, parse_all
 from leakaudit.errors import InputError
 from leakaudit.execution import OnProgress, Plan, choose
 from leakaudit.formats.checkpoint import save_checkpoint
 from leakaudit.formats.manifest import Manifest, build_manifest
 from leakaudit.formats.phrases import counted
-from leakaudit.media import Medium, medium_of
+from leakaudit.media import medium_of
+from leakaudit.media.base import metrics_of, policy_of
 from leakaudit.metrics import METRICS
 from leakaudit.models.victim import Mode, Victim
 from leakaudit.models.zoo import LANGUAGE, load_victim, parse_normalisation
-from leakaudit.policy import DEFAULT_POLICIES, MEDIUM_METRICS, Policy, check_medium, parse_policy
+from leakaudit.policy import MEDIUM_METRICS, parse_policy
 from leakaudit.report.folder import RESULT_NAME, read_run, write_run
 from leakaudit.results import AuditResult
 from leakaudit.rounds import Round
-from leakaudit.spec import format_spec, parse, suggest
+from leakaudit.spec import suggest
 from leakaudit.subject import Sources, open_update
 
 if TYPE_CHECKING:
+    from leakaudit.progress import OnSweep
+    from leakaudit.sweep.config import SweepConfig
+    from leakaudit.sweep_results import SweepResult
     from leakaudit.text_data import PrivateText
 
 
@@ -95,11 +100,11 @@ def attack(
     sources = Sources(update, model, checkpoint, before, manifest, labels, truth, pool, device)
     opened = open_update(sources, seed)
     medium = medium_of(opened.view.victim)
-    thresholds = _policy(policy, medium)
+    thresholds = policy_of(policy, medium)
     settings = Settings(
         plan=Plan(attacks=tuple(attacks), seed=seed, budget=budget, restarts=restarts),
         policy=thresholds,
-        metrics=_metrics(metrics, thresholds, medium),
+        metrics=metrics_of(metrics, thresholds, medium),
         controls=controls,
         redact=redact,
         command=command,
@@ -197,6 +202,33 @@ def audit(
     )
 
 
+def defend(
+    config: SweepConfig | str | Path,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    on_progress: OnSweep | None = None,
+    command: str = "",
+) -> SweepResult:
+    """Sweep protocols, defenses, attacks and adversaries; see `leakaudit.sweep.config.SweepConfig`.
+
+    The result, the page, and everything the runs found are written to `config.out`.  With worker processes a
+    script must call this under `if __name__ == "__main__":`, as multiprocessing asks; `workers=0` needs none.
+
+    Args:
+        config: the sweep, or the TOML file that says what it is.
+        resume: finish a sweep that was ended; force: start anew where the folder holds one.
+
+    Ctrl-C ends the sweep with what is finished, and the result says so.
+    Raises `InputError` for anything that cannot be used, before anything is computed or written.
+    """
+    from leakaudit.sweep.config import SweepConfig, build_config, read_config  # sweeps stand above audits
+    from leakaudit.sweep.run import run_sweep
+
+    sweep = config if isinstance(config, SweepConfig) else build_config(read_config(config))
+    return run_sweep(sweep, resume=resume, force=force, on_progress=on_progress, command=command)
+
+
 def capture_update(
     model: str,
     data: str | Path | None,
@@ -234,8 +266,9 @@ def capture_update(
             `leakaudit.text_data.load_text` and `leakaudit.models.language.load_language_victim`.
         out, truth, save_model: files to write, all .safetensors.
         batch_size, local_steps or epochs, learning_rate: the round; several steps need a learning rate.
+            Some defenses change it: more examples, more steps, more clients.
         normalisation: see `parse_normalisation`.
-        defenses: specs of `leakaudit.defenses.DEFENSES`, in order.
+        defenses: specs of `leakaudit.defenses.naming.parse_defense`, in order; several in one with "+" between.
 
     Returns what was written and assumed, in sentences.  Raises `InputError` for anything that does not fit.
     """
@@ -243,8 +276,9 @@ def capture_update(
         raise InputError(f"mode {mode!r}{suggest(mode, ('train', 'eval'))}; accepted: train, eval")
     source = _source(model, data, text, max_length)
     _check_targets(out, truth, save_model)
-    wrapped = [(_defense_spec(spec), parse(spec, DEFENSES, "defense")) for spec in defenses]
-    round = _round(batch_size, num_examples, local_steps, epochs, learning_rate)
+    parts = parse_all(defenses)
+    asked = _round(batch_size, num_examples, local_steps, epochs, learning_rate)
+    round = _defended(asked, parts)
     victim = load_victim(
         model,
         checkpoint=checkpoint,
@@ -260,8 +294,9 @@ def capture_update(
     batch = medium_of(victim).load(
         source, victim, round.num_examples, start=start, max_length=max_length, seed=seed
     )
-    captured = capture(victim, batch, round, defenses=wrapped, include_buffers=buffers, seed=seed)
-    return _write(captured, victim, batch, Path(out), truth, save_model)
+    captured = capture(victim, batch, round, defenses=parts, include_buffers=buffers, seed=seed)
+    changed = [] if round == asked else [f"Round: the defenses make it {_in_words(round)}"]
+    return [*changed, *_write(captured, victim, batch, Path(out), truth, save_model)]
 
 
 def _source(
@@ -344,9 +379,21 @@ def _round(
         raise InputError(str(error)) from error
 
 
-def _defense_spec(text: str) -> str:
-    name = text.partition(":")[0].strip()
-    return format_spec(name, parse(text, DEFENSES, "defense"), DEFENSES[name])
+def _defended(round: Round, parts: Parts) -> Round:
+    """What the client does instead of `round`; `InputError` where a defense cannot do that."""
+    for spec, defense in parts:
+        try:
+            round = defense.round(round)
+        except ValueError as error:
+            raise InputError(f"defense {spec!r}: {error}") from error
+    return round
+
+
+def _in_words(round: Round) -> str:
+    text = f"{counted(round.num_examples, 'example')}, {counted(round.local_steps, 'local step')}"
+    if round.clients > 1:
+        text += f", {round.clients} clients of {counted(round.own_examples, 'example')} each"
+    return text if round.local_steps == 1 else f"{text}, learning rate {round.learning_rate:g}"
 
 
 def _stated(manifest: Manifest | None, task: str | None, lora: str | None) -> Manifest | None:
@@ -365,23 +412,6 @@ def _check_names(policy: str | None, metrics: Sequence[str] | None) -> None:
     for name in metrics or ():
         if name not in known:
             raise InputError(f"unknown metric {name!r}{suggest(name, known)}; known: {', '.join(known)}")
-
-
-def _policy(text: str | None, medium: Medium[Any, Any]) -> Policy:
-    policy = parse_policy(DEFAULT_POLICIES[medium.name] if text is None else text, medium.name)
-    check_medium(policy, medium.name)
-    return policy
-
-
-def _metrics(names: Sequence[str] | None, policy: Policy, medium: Medium[Any, Any]) -> tuple[str, ...]:
-    """The metrics asked for, and those that the policy needs."""
-    for name in names or ():
-        if name not in medium.known_metrics:
-            known = ", ".join(medium.known_metrics)
-            raise InputError(
-                f"metric {name} does not measure {medium.name}; known for {medium.name}: {known}"
-            )
-    return tuple(dict.fromkeys([*(names or medium.metrics), *policy.metrics]))
 
 
 def _positive(value: float | None, what: str) -> float | None:

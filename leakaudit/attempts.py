@@ -21,7 +21,8 @@ from leakaudit.attacks.base import Reconstruction
 from leakaudit.errors import InputError
 from leakaudit.formats.reading import read_safetensors
 from leakaudit.formats.writing import save_tensors
-from leakaudit.threat import View
+from leakaudit.rounds import client_update
+from leakaudit.threat import View, as_it_is
 
 
 class AttemptStore:
@@ -81,8 +82,8 @@ def _fingerprint(view: View, spec: str, seed: int) -> str:
     model = (victim.name, repr(victim.module), victim.mode, victim.loss_function.__name__, victim.space)
     digest = hashlib.sha256(repr((__version__, spec, seed, view.round, model, victim.dtype)).encode())
     facts = {name: (fact.value, fact.status) for name, fact in view.knowledge}
-    disturbance = (dict(view.spread), view.slack, getattr(view.client, "__qualname__", ""))
-    for content in (facts, disturbance, view.observed, victim.params, victim.frozen, victim.buffers):
+    simulated = (view.client is client_update, view.decode is as_it_is, dict(view.spread), view.slack or ())
+    for content in (facts, simulated, view.observed, victim.params, victim.frozen, victim.buffers):
         _digest(content, digest)
     return digest.hexdigest()[:16]
 

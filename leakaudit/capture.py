@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from leakaudit.data import PrivateBatch
-from leakaudit.defenses import Defense, GaussianNoise, apply
+from leakaudit.defenses import Defense, apply
+from leakaudit.defenses.noise import Noise
 from leakaudit.errors import InputError
 from leakaudit.formats.checkpoint import parameters_sha256
 from leakaudit.formats.manifest import Manifest, build_manifest
@@ -72,7 +73,7 @@ def capture(
     Raises `InputError` when the batch does not fit the round or the model, the local steps do not
     come to every example, or the update is not finite (a learning rate too large).
     """
-    _refuse_idle_examples(round)
+    refuse_idle_examples(round)
     for _, defense in defenses:
         victim = defense.victim(victim)
     if len(batch) != round.num_examples:
@@ -101,8 +102,8 @@ def _seeded_dropout(seed: int) -> Iterator[None]:
         yield
 
 
-def _refuse_idle_examples(round: Round) -> None:
-    """An example that no step uses leaves no trace in the update, yet the truth would list it."""
+def refuse_idle_examples(round: Round) -> None:
+    """`InputError` where no step uses an example: it leaves no trace in the update, yet the truth would list it."""
     count, size = round.num_examples, round.batch_size
     if round.examples_used < count:
         raise InputError(
@@ -177,6 +178,6 @@ def _loss(victim: Victim) -> tuple[str | None, str | None]:
 
 
 def _noise(defenses: Sequence[tuple[str, Defense]]) -> float | None:
-    """Standard deviation of noise on the update as shared, when nothing changes it afterwards."""
+    """Standard deviation of noise on the update as shared, when it is stated and nothing changes it afterwards."""
     last = defenses[-1][1] if defenses else None
-    return last.std if isinstance(last, GaussianNoise) else None
+    return last.std if isinstance(last, Noise) and last.relative is None else None

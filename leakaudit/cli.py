@@ -12,8 +12,8 @@ import typer
 from rich.console import Console
 
 from leakaudit import __version__
-from leakaudit.errors import InputError, LeakauditError
-from leakaudit.progress import progress_bar
+from leakaudit.errors import EXIT_INCONCLUSIVE, InputError, LeakauditError
+from leakaudit.progress import progress_bar, sweep_bar
 
 if TYPE_CHECKING:
     from leakaudit.formats.manifest import Manifest
@@ -31,6 +31,11 @@ app = typer.Typer(
 
 BATCH_SIZE = typer.Option(help="Private examples a local step.")
 REDUCTION = typer.Option(help="mean or sum over the batch.")
+SEED = typer.Option(help="The one seed of the run.")
+DEVICE = typer.Option(help="cpu, cuda or auto.")
+MAX_LENGTH = typer.Option(help="Cut sentences off after so many tokens, instead of refusing them.")
+START = typer.Option(help="First example of the data.")
+REDACT = typer.Option("--redact", help="Leave the originals out of everything written.")
 
 UpdateFile = Annotated[
     Path, typer.Argument(help="The file a client shared: .safetensors, .npz, .pt.", show_default=False)
@@ -74,8 +79,8 @@ Classes = Annotated[int | None, typer.Option("--num-classes", help="Number of cl
 NoiseStd = Annotated[
     float | None, typer.Option(help="Standard deviation of noise the adversary knows was added.")
 ]
-Seed = Annotated[int, typer.Option(help="The one seed of the run.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
+Seed = Annotated[int, SEED]
+Device = Annotated[str, DEVICE]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
 
 
@@ -124,9 +129,7 @@ def capture(
     ] = None,
     task: Task = None,
     lora: Lora = None,
-    max_length: Annotated[
-        int | None, typer.Option(help="Cut sentences off after so many tokens, instead of refusing them.")
-    ] = None,
+    max_length: Annotated[int | None, MAX_LENGTH] = None,
     truth: Annotated[Path | None, typer.Option(help="Also write the private batch here.")] = None,
     checkpoint: Checkpoint = None,
     save_model: Annotated[
@@ -137,7 +140,7 @@ def capture(
     ] = None,
     batch_size: Annotated[int, BATCH_SIZE] = 1,
     examples: Examples = None,
-    start: Annotated[int, typer.Option(help="First example of the data.")] = 0,
+    start: Annotated[int, START] = 0,
     local_steps: LocalSteps = None,
     epochs: Annotated[
         int | None, typer.Option(help="Passes over the examples, instead of --local-steps.")
@@ -272,9 +275,7 @@ def attack(
     pool: Annotated[
         str | None, typer.Option(help="Images, or a file of sentences, to tell the private ones from.")
     ] = None,
-    redact: Annotated[
-        bool, typer.Option("--redact", help="Leave the originals out of everything written.")
-    ] = False,
+    redact: Annotated[bool, REDACT] = False,
     controls: Annotated[
         bool, typer.Option(help="Run the positive control when nothing is recovered.")
     ] = True,
@@ -336,6 +337,150 @@ def attack(
 
 
 @app.command()
+def defend(
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file of the sweep; options given here win over it.")
+    ] = None,
+    model: Model = None,
+    checkpoint: Checkpoint = None,
+    data: Annotated[
+        str | None, typer.Option(help="Images to defend: a file, a folder, .npz, or torchvision:NAME.")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Sentences to defend instead, with a language model.")
+    ] = None,
+    task: Task = None,
+    lora: Lora = None,
+    max_length: Annotated[int | None, MAX_LENGTH] = None,
+    normalisation: Normalisation = None,
+    mode: Mode = None,
+    input_shape: InputShape = None,
+    num_classes: Classes = None,
+    start: Annotated[int | None, START] = None,
+    protocol: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="fedsgd:batch_size=1 or fedavg:steps=5,learning_rate=0.01,examples=1; may be repeated."
+        ),
+    ] = None,
+    defense: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME:key=value,value,..., one sweep a list of values; + chains them; none counts the control"
+            " row; may be repeated."
+        ),
+    ] = None,
+    attack: Annotated[
+        list[str] | None, typer.Option(help="auto unless given, or NAME:key=value; may be repeated.")
+    ] = None,
+    adversary: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="oblivious (unaware of the defense) or adaptive; both unless given; may be repeated."
+        ),
+    ] = None,
+    labels: Annotated[
+        bool | None,
+        typer.Option("--known-labels/--unknown-labels", help="Whether the adversary is given the labels."),
+    ] = None,
+    images: Annotated[
+        int | None, typer.Option("--images", "--examples", help="Private images, or sentences, to attack.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(help="How many seeds every cell is run with.")] = None,
+    seed: Annotated[int | None, SEED] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="Seconds for the attacks of one run; 120 unless given.")
+    ] = None,
+    total_budget: Annotated[
+        float | None, typer.Option(help="Seconds after which no run begins; --resume does the rest.")
+    ] = None,
+    fail_on: Annotated[
+        str | None, typer.Option(help="The policy a cell must keep, such as ssim>0.5; never: report only.")
+    ] = None,
+    quantile: Annotated[
+        float | None, typer.Option(help="Of the scores the policy looks at; 1, the worst case, unless given.")
+    ] = None,
+    metric: Annotated[
+        list[str] | None, typer.Option(help="Scores besides those of the policy; may be repeated.")
+    ] = None,
+    redact: Annotated[bool | None, REDACT] = None,
+    utility: Annotated[
+        bool | None, typer.Option(help="Train with every defense on the data, and report accuracy.")
+    ] = None,
+    utility_steps: Annotated[int | None, typer.Option(help="Steps of that training.")] = None,
+    utility_batch_size: Annotated[int | None, typer.Option(help="Examples a step of it.")] = None,
+    utility_learning_rate: Annotated[float | None, typer.Option(help="Its learning rate.")] = None,
+    utility_seeds: Annotated[int | None, typer.Option(help="Trainings of every target.")] = None,
+    holdout: Annotated[
+        float | None, typer.Option(help="Share of the data that accuracy is measured on.")
+    ] = None,
+    curves: Annotated[
+        Path | None, typer.Option(help="Curves already trained (JSON or CSV), instead of training.")
+    ] = None,
+    bounds: Annotated[bool | None, typer.Option(help="Put what theory says beside the attacks.")] = None,
+    prior: Annotated[
+        float | None, typer.Option(help="Probability that a guess without the update is right, for bounds.")
+    ] = None,
+    delta: Annotated[float | None, typer.Option(help="Of differential privacy.")] = None,
+    sample_rate: Annotated[
+        float | None, typer.Option(help="Share of a client's data in each update, for the accountant.")
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(help="Updates a client shares, for the accountant.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes; one a core, or a GPU, unless given; 0: this one.")
+    ] = None,
+    engine: Annotated[str | None, typer.Option(help="local, or ray for a cluster.")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Of the Ray cluster; without one it starts here.")
+    ] = None,
+    device: Annotated[str | None, DEVICE] = None,
+    out: Annotated[Path | None, typer.Option(help="The sweep's folder; runs/sweep unless given.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Finish a sweep that was ended.")] = False,
+    baseline: Annotated[Path | None, typer.Option(help="Leakage that was accepted, JSON.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the page of the sweep here too.")] = None,
+    junit: Annotated[Path | None, typer.Option(help="Write JUnit XML, a case for each cell.")] = None,
+    sarif: Annotated[
+        Path | None, typer.Option(help="Write SARIF 2.1.0, a result for each leaking cell.")
+    ] = None,
+    summary: Annotated[
+        Path | None, typer.Option(help="Append a Markdown summary, as to $GITHUB_STEP_SUMMARY.")
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Attack every protocol with every defense: what each stops, what it costs, and whether the policy holds."""
+    from leakaudit import api
+    from leakaudit.report.sweep_terminal import print_sweep
+    from leakaudit.sweep.config import build_config, read_config
+
+    training = {
+        "on": utility, "steps": utility_steps, "batch_size": utility_batch_size, "seeds": utility_seeds,
+        "learning_rate": utility_learning_rate, "holdout": holdout, "curves": curves,
+    }  # fmt: skip
+    theory = {"on": bounds, "prior": prior, "delta": delta, "sample_rate": sample_rate, "steps": rounds}
+    options = {
+        "model": model, "checkpoint": checkpoint, "data": data, "text": text, "task": task, "lora": lora,
+        "max_length": max_length, "normalisation": normalisation, "mode": mode,
+        "input_shape": _shape(input_shape), "num_classes": num_classes, "start": start, "protocols": protocol,
+        "defenses": defense, "attacks": attack, "adversaries": adversary, "labels": labels, "images": images,
+        "seeds": seeds, "seed": seed, "budget": budget, "total_budget": total_budget, "fail_on": fail_on,
+        "quantile": quantile, "metrics": metric, "redact": redact, "utility": _given(training),
+        "bounds": _given(theory), "workers": workers, "engine": engine, "address": address, "device": device,
+        "out": out, "baseline": baseline, "html": html, "junit": junit, "sarif": sarif, "summary": summary,
+    }  # fmt: skip
+    sweep = build_config({} if config is None else read_config(config), over=_given(options))
+    with sweep_bar(Console(stderr=True)) as on_progress:
+        result = api.defend(
+            sweep,
+            resume=resume,
+            force=force,
+            on_progress=on_progress,
+            command=shlex.join(["leakaudit", *sys.argv[1:]]),
+        )
+    print_sweep(result, Console(), sweep.out)
+    raise typer.Exit(result.exit_code or (EXIT_INCONCLUSIVE if result.interrupted else 0))
+
+
+@app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="Run folder written by attack.", show_default=False)],
     html: Annotated[Path, typer.Option(help="Page to write.")] = Path("report.html"),
@@ -346,6 +491,26 @@ def report(
 
     write_page(read_run(run), html, redact=redact)
     Console().print(f"Report: {html}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def baseline(
+    sweep: Annotated[Path, typer.Argument(help="Folder written by defend.", show_default=False)],
+    owner: Annotated[str, typer.Option(help="Who answers for what is accepted.")],
+    expires: Annotated[str, typer.Option(help="Last day of the acceptance, YYYY-MM-DD.")],
+    reason: Annotated[str, typer.Option(help="Why, for whoever reads the baseline.")] = "",
+    out: Annotated[Path, typer.Option(help="Baseline to write.")] = Path("baseline.json"),
+    force: Force = False,
+) -> None:
+    """Accept the leakage that a sweep found, until a day, so that only new leakage fails the gate."""
+    from leakaudit.gate import read_sweep, write_baseline
+
+    written = write_baseline(read_sweep(sweep), out, owner, expires, reason=reason, force=force)
+    console = Console()
+    for entry in written.entries:
+        line = f"{entry.cell}: {entry.owner}, until {entry.expires}"
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    console.print(f"Baseline: {out}", soft_wrap=True, highlight=False, markup=False)
 
 
 @app.command("list")
@@ -418,6 +583,11 @@ def _manifest(
 
         stated["normalisation"] = parse_normalisation(normalisation).model_dump()
     return build_manifest(stated)
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that were given."""
+    return {name: value for name, value in options.items() if value not in (None, [], {})}
 
 
 def _numbers(text: str, what: str) -> list[int]:

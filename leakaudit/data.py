@@ -61,7 +61,12 @@ class PrivateBatch:
 
     def first(self, count: int) -> PrivateBatch:
         """The first `count` examples."""
-        return replace(self, pixels=self.pixels[:count], labels=self.labels[:count], names=self.names[:count])
+        return self.part(0, count)
+
+    def part(self, start: int, count: int) -> PrivateBatch:
+        """`count` examples from `start` on."""
+        rows = slice(start, start + count)
+        return replace(self, pixels=self.pixels[rows], labels=self.labels[rows], names=self.names[rows])
 
     def class_name(self, label: int) -> str:
         """The name of a class, or its number where it has none."""

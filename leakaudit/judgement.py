@@ -15,6 +15,7 @@ HOPELESS = 0.9
 """Relative residual above which the checkpoint itself is in doubt."""
 OPEN = 0.5
 """Share of the pixels' variance left open above which a match is no leak by itself."""
+NO_CONTROL = "The positive control did not run."
 DISCRETE: frozenset[Medium] = frozenset({"text"})
 """Media in which the private input itself must explain the update, and a proven input is the private one."""
 
@@ -137,7 +138,7 @@ def judge(
             ],
             policy=text,
         )
-    reasons.append(positive.text if positive is not None else "The positive control did not run.")
+    reasons.append(positive.text if positive is not None else NO_CONTROL)
     return Verdict(
         status="inconclusive",
         headline="The attacks failed, and so may the audit.",

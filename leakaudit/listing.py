@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from leakaudit.attacks.registry import ATTACKS, DESCRIPTIONS, medium_of_attack
+from leakaudit.attacks.registry import ATTACKS, describe_attack, medium_of_attack
 from leakaudit.defenses import DEFENSES
 from leakaudit.metrics import METRICS
-from leakaudit.models.zoo import LANGUAGE, MODELS
+from leakaudit.models.zoo import LANGUAGE, MODEL_PLUGINS, MODELS
 from leakaudit.text_metrics import TEXT_METRICS
 
 
@@ -28,25 +28,35 @@ def _print(console: Console, heading: tuple[str, ...], rows: Iterable[tuple[str,
     console.print(table)
 
 
+def _notes(console: Console, lines: Iterable[str]) -> None:
+    for line in lines:
+        console.print(Text(line), soft_wrap=True)
+
+
+def _first_line(described: object) -> str:
+    return (type(described).__doc__ or "").strip().partition("\n")[0]
+
+
 def _options(preset: object) -> str:
     fields = dataclasses.fields(preset)  # type: ignore[arg-type]
     return " ".join(f"{field.name}={getattr(preset, field.name)}" for field in fields if field.init)
 
 
 def _attacks(console: Console) -> None:
+    attacks, broken = ATTACKS.usable()
     rows = (
-        (name, medium_of_attack(name), f"{DESCRIPTIONS[name]}\n{_options(attack)}")
-        for name, attack in ATTACKS.items()
+        (name, medium_of_attack(name), f"{describe_attack(name)}\n{_options(attack)}")
+        for name, attack in attacks.items()
     )
     _print(console, ("attack", "of", "what it does, and its options"), rows)
+    _notes(console, broken)
 
 
 def _defenses(console: Console) -> None:
-    rows = (
-        (name, f"{(type(defense).__doc__ or '').splitlines()[0]}\n{_options(defense)}")
-        for name, defense in DEFENSES.items()
-    )
+    defenses, broken = DEFENSES.usable()
+    rows = ((name, f"{_first_line(defense)}\n{_options(defense)}") for name, defense in defenses.items())
     _print(console, ("defense", "what it does, and its options"), rows)
+    _notes(console, broken)
 
 
 def _models(console: Console) -> None:
@@ -59,9 +69,20 @@ def _models(console: Console) -> None:
         )
         for name, entry in MODELS.items()
     ]
+    plugins, broken = MODEL_PLUGINS.usable()
+    rows += [
+        (
+            name,
+            "x".join(map(str, source.info.input_shape)),
+            str(source.info.num_classes or "any"),
+            source.info.description,
+        )
+        for name, source in plugins.items()
+    ]
     language = "a language model of transformers with its tokenizer, by --task, from the hub or a folder"
     rows.append((f"{LANGUAGE}NAME_OR_FOLDER", "text", "any", language))
     _print(console, ("model", "input", "classes", "what it is"), rows)
+    _notes(console, broken)
 
 
 def _metrics(console: Console) -> None:

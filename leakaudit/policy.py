@@ -98,7 +98,8 @@ class Policy:
 def parse_policy(text: str, medium: Medium = "images") -> Policy:
     """`psnr>20,ssim>0.5`, or `never`: the default thresholds of the medium, which then fail nothing.
 
-    Raises `InputError` for anything else.  Metrics of both media are read; see `check_medium`.
+    `token_accuracy` is read as `token-accuracy`.  Raises `InputError` for anything else.  Metrics of both
+    media are read; see `check_medium`.
     """
     if text.strip() == NEVER:
         return replace(parse_policy(DEFAULT_POLICIES[medium]), enforced=False)
@@ -121,10 +122,11 @@ def check_medium(policy: Policy, medium: Medium) -> None:
 
 
 def _parse_threshold(text: str) -> Threshold:
-    found = re.fullmatch(r"([a-z][a-z0-9-]*)\s*([<>])\s*([-+0-9.eE]+)", text)
+    found = re.fullmatch(r"([a-z][a-z0-9_-]*)\s*([<>])\s*([-+0-9.eE]+)", text)
     if found is None:
         raise InputError(f"policy {text!r} is not METRIC>NUMBER or METRIC<NUMBER, such as ssim>0.5")
-    metric, operator, number = found.groups()
+    written, operator, number = found.groups()
+    metric = written.replace("_", "-")
     if metric not in POLICY_METRICS:
         known = ", ".join(POLICY_METRICS)
         raise InputError(

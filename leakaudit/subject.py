@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from leakaudit.atomic import sha256_of
+from leakaudit.defenses import Defense
+from leakaudit.defenses.naming import Parts, adapted, parse_defense
 from leakaudit.errors import InputError
 from leakaudit.formats.checkpoint import load_checkpoint, parameters_sha256
 from leakaudit.formats.loading import SharedUpdate, check_checkpoint, load_update
@@ -20,7 +22,7 @@ from leakaudit.formats.reading import read_file
 from leakaudit.inspection import Inspection
 from leakaudit.media import medium_of
 from leakaudit.models.victim import Victim
-from leakaudit.models.zoo import LANGUAGE, MODELS, load_victim, pixels
+from leakaudit.models.zoo import LANGUAGE, MODEL_PLUGINS, MODELS, load_victim, pixels
 from leakaudit.randomness import fork
 from leakaudit.results import Finding
 from leakaudit.threat import View, inferred, known, see
@@ -134,11 +136,12 @@ def _victim_of_module(module: nn.Module, checkpoint: str | Path | None, manifest
 
 
 def _spec_from_manifest(manifest: Manifest) -> str:
-    """A stranger's file may name a built-in or torchvision model, but never code to import."""
+    """A stranger's file may name a built-in or torchvision model or that of an installed plugin, but no other
+    code to import."""
     spec = manifest.model
     if spec is None:
         raise InputError("no model given, and the update does not name one; pass --model")
-    if spec.partition(":")[0].strip() not in (*MODELS, "torchvision"):
+    if spec.partition(":")[0].strip() not in (*MODELS, *MODEL_PLUGINS, "torchvision"):
         what = "a model of the hub is fetched" if spec.startswith(LANGUAGE) else "code is loaded"
         raise InputError(f"the update names its model {spec!r}; {what} only when you pass it as --model")
     return spec
@@ -158,6 +161,7 @@ class Opened:
 def open_update(sources: Sources, seed: int = 0) -> Opened:
     """Read everything but the truth, inspect it, and give the adversary what it reveals.
 
+    An adversary who is told of defenses adapts to those we know.
     Raises `InputError` for anything that does not fit together.
     """
     manifest = read_file(sources.update).manifest.merged(sources.manifest)
@@ -167,15 +171,30 @@ def open_update(sources: Sources, seed: int = 0) -> Opened:
     shared = replace(shared, update=shared.update.to(device))
     labels = None if sources.labels is None else _labels(sources.labels, victim)
     view, medium = see(victim, shared, labels), medium_of(victim)
+    parts, unknown = _stated_defenses(manifest)
     inspection = medium.inspect(
-        view,
+        replace(view, knowledge=adapted(view, parts).knowledge),  # that there is noise, or no scale
         buffers_after=shared.buffers or None,
         raw=shared.raw,
         dtypes=shared.dtypes,
         generator=fork(seed, "inspection"),
     )
-    findings = (*_findings(shared, inspection), *medium.remarks(victim, manifest))
-    return Opened(shared, learn(view, inspection), inspection, _hashes(sources, shared), findings)
+    findings = (*_findings(shared, inspection), *unknown, *medium.remarks(victim, manifest))
+    view = adapted(learn(view, inspection), parts)
+    return Opened(shared, view, inspection, _hashes(sources, shared), findings)
+
+
+def _stated_defenses(manifest: Manifest) -> tuple[Parts, tuple[Finding, ...]]:
+    """The defenses that the file states and we know, and a note for each of the others."""
+    parts: list[tuple[str, Defense]] = []
+    notes = []
+    for spec in manifest.defenses or ():
+        try:
+            parts += parse_defense(spec)
+        except InputError as error:
+            text = f"The file states a defense that the attacks cannot allow for: {error}"
+            notes.append(Finding(name="defense", severity="info", text=text))
+    return tuple(parts), tuple(notes)
 
 
 def _hashes(sources: Sources, shared: SharedUpdate) -> dict[str, str]:

@@ -176,12 +176,18 @@ class Bound(Value):
 
 
 class Acceptance(Value):
-    """A cell of the baseline: known leakage that somebody accepted."""
+    """A cell of the baseline: known leakage that somebody accepted.
+
+    Attributes:
+        expires: last day of the acceptance, YYYY-MM-DD.
+        scores: that decided when it was accepted, by the threshold they crossed.
+    """
 
     cell: str
     owner: str
     expires: str
     reason: str = ""
+    scores: dict[str, float] = Field(default_factory=dict)
 
 
 class Gate(Value):
@@ -190,8 +196,10 @@ class Gate(Value):
     Attributes:
         policy: thresholds; quantile: 1 for the worst case, 0.9 for the value that 10 % of examples exceed.
         broken: names of leaking cells that nobody accepted; accepted: those that the baseline covers;
-            expired: leaking cells whose acceptance ran out (they are in `broken` too).
+            expired: leaking cells whose acceptance ran out, worse: those that leak clearly more than was
+            accepted (both are in `broken` too).
         inconclusive: names of cells that prove nothing.
+        notes: sentences on the baseline: what expired, got worse, or is not needed any more.
     """
 
     policy: str
@@ -199,7 +207,9 @@ class Gate(Value):
     broken: list[str] = Field(default_factory=list)
     accepted: list[Acceptance] = Field(default_factory=list)
     expired: list[str] = Field(default_factory=list)
+    worse: list[str] = Field(default_factory=list)
     inconclusive: list[str] = Field(default_factory=list)
+    notes: list[str] = Field(default_factory=list)
 
     @property
     def exit_code(self) -> int:

@@ -66,14 +66,19 @@ class PrivateText:
 
     def first(self, count: int) -> PrivateText:
         """The first `count` examples."""
-        longest = int((self.tokens[:count] != NO_TOKEN).sum(1).max())
-        labels = self.labels[:count]
+        return self.part(0, count)
+
+    def part(self, start: int, count: int) -> PrivateText:
+        """`count` examples from `start` on."""
+        rows = slice(start, start + count)
+        longest = int((self.tokens[rows] != NO_TOKEN).sum(1).max())
+        labels = self.labels[rows]
         return replace(
             self,
-            tokens=self.tokens[:count, :longest],
+            tokens=self.tokens[rows, :longest],
             labels=labels if labels.dim() == 1 else labels[:, :longest],
-            texts=self.texts[:count],
-            names=self.names[:count],
+            texts=self.texts[rows],
+            names=self.names[rows],
         )
 
     def class_name(self, label: int) -> str:

@@ -15,7 +15,7 @@ import leakaudit
 PACKAGE = Path(leakaudit.__file__).parent
 
 LAYERS = (
-    ("errors", "atomic", "spec", "results", "sweep_results", "randomness"),
+    ("errors", "atomic", "spec", "results", "sweep_results", "randomness", "plugins"),
     ("update",),
     ("models", "formats"),
     ("rounds",),
@@ -80,7 +80,7 @@ def test_nothing_imports_from_a_higher_layer(path: Path) -> None:
 def test_the_layers_name_real_modules() -> None:
     there = {part(path) for path in modules()}
     assert set(LEVELS) <= there
-    assert {"execution", "capture", "inspection", "report", "api", "metrics", "text_metrics"} <= there
+    assert {"execution", "capture", "inspection", "report", "api", "metrics", "text_metrics", "gate"} <= there
 
 
 def of(*names: str) -> list[Path]:
@@ -101,7 +101,8 @@ def test_defenses_never_see_attacks() -> None:
 
 def test_reports_never_import_torch() -> None:
     heavy = {"torch", "torchvision", "torchmetrics", "lpips", "transformers"}
-    for path in of("report", "results", "sweep_results", "errors", "atomic", "spec", "policy", "judgement"):
+    light = ("report", "results", "sweep_results", "errors", "atomic", "spec", "policy", "judgement", "gate")
+    for path in of(*light):
         assert not {name.split(".")[0] for name in imports(path)} & heavy, path
         assert own(imports(path)) <= {
             "report",
@@ -111,6 +112,7 @@ def test_reports_never_import_torch() -> None:
             "atomic",
             "spec",
             "policy",
+            "gate",
         }, path
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Literal
 
 from leakaudit.attacks.base import Attack
@@ -17,6 +18,7 @@ from leakaudit.attacks.levenberg_marquardt import LevenbergMarquardt
 from leakaudit.attacks.linear import Linear, PatchEmbeddingInverse
 from leakaudit.attacks.recursive import Recursive
 from leakaudit.attacks.text_recovery import EXACT_TEXT_ATTACKS, EXACT_TEXT_DESCRIPTIONS
+from leakaudit.plugins import Registry, instance
 
 IMAGE_ATTACKS: dict[str, Attack] = {
     "linear": Linear(),
@@ -32,7 +34,21 @@ IMAGE_ATTACKS: dict[str, Attack] = {
 
 TEXT_ATTACKS: dict[str, Attack] = EXACT_TEXT_ATTACKS | EMBEDDING_ATTACKS
 
-ATTACKS: dict[str, Attack] = IMAGE_ATTACKS | TEXT_ATTACKS
+
+def _preset(name: str, loaded: object) -> Attack:
+    """What an installed package offers as the attack `name`; `ValueError` unless it is one."""
+    found = instance(loaded)
+    needed = ("restarts", "applies", "run")
+    if not dataclasses.is_dataclass(found) or not all(hasattr(found, part) for part in needed):
+        raise ValueError(
+            f"it is a {type(found).__name__}; accepted: a frozen dataclass with restarts, applies and run, as"
+            " leakaudit.attacks.base.Attack says"
+        )
+    return found  # type: ignore[return-value]
+
+
+ATTACKS: Registry[Attack] = Registry("leakaudit.attacks", "attack", _preset, IMAGE_ATTACKS | TEXT_ATTACKS)
+"""Ours, and those of installed packages; one for text says so by an attribute `medium` of "text"."""
 
 DESCRIPTIONS: dict[str, str] = {
     "linear": "closed form through the first fully connected layer (Phong et al. 2017, Boenisch et al. 2021)",
@@ -66,11 +82,17 @@ EXACT = ("linear", "patch-embedding", "levenberg-marquardt", "dlg", "idlg", *TEX
 """Attacks without a prior on images, or as `auto` runs them on texts: once the update is matched, another
 match tells nothing new, while a prior can still choose among the inputs that share the update."""
 
-
 MAXIMUM_A_POSTERIORI = ("tv-path",)
 """Attacks that weigh the match against a prior on photographs when errors of known size disturb the update."""
 
 
 def medium_of_attack(name: str) -> Literal["images", "text"]:
     """What the attack reconstructs."""
-    return "text" if name in TEXT_ATTACKS else "images"
+    if name in TEXT_ATTACKS or name in IMAGE_ATTACKS:
+        return "text" if name in TEXT_ATTACKS else "images"
+    return "text" if getattr(ATTACKS[name], "medium", "images") == "text" else "images"
+
+
+def describe_attack(name: str) -> str:
+    """One line: what the attack does."""
+    return DESCRIPTIONS.get(name) or (type(ATTACKS[name]).__doc__ or "").strip().partition("\n")[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from leakaudit.models.victim import Params, Victim
+from leakaudit.plugins import instance
 from leakaudit.rounds import ClientUpdate, Round
 from leakaudit.threat import View
 from leakaudit.update import Update
@@ -47,6 +49,11 @@ class Defense(ABC):
         may live in the function returned."""
         return self.wrap(client, generator)
 
+    def poisson_rate(self, round: Round) -> float | None:
+        """Probability with which each of a client's own examples takes part in a local step, each independently
+        drawn by the defense itself; None where batches follow one after the other as the round says."""
+        return None
+
     def epsilon(self, *, sample_rate: float, steps: int, delta: float) -> float | None:
         """Epsilon of differential privacy at `delta` after `steps` updates, each of a share `sample_rate` in (0, 1]
         of the client's data; None where the defense guarantees nothing."""
@@ -74,3 +81,13 @@ def after(client: ClientUpdate, change: Callable[[Update], Update]) -> ClientUpd
         return change(client(victim, params, round, x, y))
 
     return defended
+
+
+def preset(name: str, loaded: object) -> Defense:
+    """What an installed package offers as the defense `name`; `ValueError` unless it is one."""
+    found = instance(loaded)
+    if not isinstance(found, Defense) or not dataclasses.is_dataclass(found):
+        raise ValueError(
+            f"it is a {type(found).__name__}; accepted: a frozen dataclass derived from leakaudit.defenses.Defense"
+        )
+    return found

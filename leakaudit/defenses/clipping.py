@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from leakaudit.defenses.base import Defense, after
 from leakaudit.rounds import ClientUpdate
+from leakaudit.threat import UNKNOWN, View, known
 from leakaudit.update import Update
+
+MARGIN = 1e-3
+"""How far below the bound, relative, an update is clearly not clipped."""
+NO_MASK = 0.01
+"""Share of zeros up to which an update was not pruned."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +32,28 @@ class Clip(Defense):
             raise ValueError(f"max_grad_norm must be positive and finite, got {self.max_grad_norm}")
 
     def wrap(self, client: ClientUpdate, generator: torch.Generator) -> ClientUpdate:
-        def clip(update: Update) -> Update:
-            factor = (self.max_grad_norm / update.norm()).clamp(max=1.0)
-            return update.map(lambda tensor: tensor * factor)
+        return after(client, self._clip)
 
-        return after(client, clip)
+    def _clip(self, update: Update) -> Update:
+        factor = (self.max_grad_norm / update.norm()).clamp(max=1.0)
+        return update.map(lambda tensor: tensor * factor)
+
+    def adapt(self, view: View) -> View:
+        """Clipping is simulated; at the bound the length says nothing.
+
+        A shorter update was not clipped, unless something that shortens (pruning, the mean over clients)
+        came later; then clipping is simulated too, which changes nothing where there was none.
+        """
+        length = float(view.observed.norm())
+        zeros = sum(int((tensor == 0).sum()) for tensor in view.observed.values())
+        shorter = length < (1 - MARGIN) * self.max_grad_norm
+        last = view.round.clients == 1 and zeros <= NO_MASK * view.observed.numel()
+        if shorter and last:
+            return view
+        client = after(view.client, self._clip)
+        if shorter:
+            return replace(view, client=client)
+        knowledge = replace(view.knowledge, scale=known(False, f"clipped to {self.max_grad_norm:g}"))
+        if view.spread:  # what was added before was scaled with the update, by a factor that nobody shared
+            knowledge = replace(knowledge, noise_std=UNKNOWN)
+        return replace(view, client=client, knowledge=knowledge, spread={})

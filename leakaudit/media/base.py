@@ -19,6 +19,7 @@ from leakaudit.illustration import Yardstick
 from leakaudit.inspection import Inspection
 from leakaudit.metrics import BatchScores
 from leakaudit.models.victim import Victim
+from leakaudit.policy import DEFAULT_POLICIES, Policy, check_medium, parse_policy
 from leakaudit.policy import Medium as MediumName
 from leakaudit.results import ExampleScores, Finding, Frame, Score, Verification
 from leakaudit.threat import View
@@ -68,13 +69,13 @@ class Medium(Protocol[T, P]):
         self,
         source: str | Path,
         victim: Victim,
-        count: int,
+        count: int | None,
         *,
         start: int = 0,
         max_length: int | None = None,
         seed: int = 0,
     ) -> T:
-        """`count` private examples from `start` on; `max_length` is of sentences."""
+        """`count` private examples (None: all) from `start` on; `max_length` is of sentences."""
 
     def save_truth(self, path: str | Path, batch: T) -> None:
         """Write a private batch to a truth file."""
@@ -141,6 +142,24 @@ class Medium(Protocol[T, P]):
 
     def contents(self, found: Reconstruction, view: View) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Tensors and metadata of the reconstruction as it is saved."""
+
+
+def policy_of(text: str | None, medium: Medium[Any, Any]) -> Policy:
+    """The policy as given, None for the medium's own; `InputError` for one that does not measure the medium."""
+    policy = parse_policy(DEFAULT_POLICIES[medium.name] if text is None else text, medium.name)
+    check_medium(policy, medium.name)
+    return policy
+
+
+def metrics_of(names: Sequence[str] | None, policy: Policy, medium: Medium[Any, Any]) -> tuple[str, ...]:
+    """The metrics asked for, and those that the policy needs; `InputError` for those of another medium."""
+    for name in names or ():
+        if name not in medium.known_metrics:
+            known = ", ".join(medium.known_metrics)
+            raise InputError(
+                f"metric {name} does not measure {medium.name}; known for {medium.name}: {known}"
+            )
+    return tuple(dict.fromkeys([*(names or medium.metrics), *policy.metrics]))
 
 
 def check_count(path: str | Path, held: int, noun: str, view: View) -> None:

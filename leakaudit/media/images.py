@@ -46,7 +46,7 @@ class Images:
         self,
         source: str | Path,
         victim: Victim,
-        count: int,
+        count: int | None,
         *,
         start: int = 0,
         max_length: int | None = None,

@@ -59,7 +59,7 @@ class Text:
         self,
         source: str | Path,
         victim: Victim,
-        count: int,
+        count: int | None,
         *,
         start: int = 0,
         max_length: int | None = None,

@@ -18,7 +18,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, Protocol
@@ -36,6 +36,7 @@ from leakaudit.models import vision
 from leakaudit.models.spaces import Pixels
 from leakaudit.models.victim import Mode, Victim
 from leakaudit.models.vision import Activation, Shape
+from leakaudit.plugins import Registry
 
 Init = Literal["default", "uniform"]
 
@@ -351,6 +352,22 @@ class _Factory:
         return arguments
 
 
+def _plugin(name: str, loaded: object) -> Source:
+    """What an installed package offers as the model `name`; `ValueError` unless it makes one."""
+    if isinstance(loaded, Entry):
+        return _Registered(loaded, loaded.options)
+    if not callable(loaded):
+        raise ValueError(
+            f"it is a {type(loaded).__name__}; accepted: a factory of torch.nn.Module, which may take"
+            " num_classes and input_shape, or a leakaudit.models.zoo.Entry"
+        )
+    return _Factory(name, loaded, None)
+
+
+MODEL_PLUGINS: Registry[Source] = Registry("leakaudit.models", "model", _plugin, {})
+"""Models of installed packages by name."""
+
+
 def resolve(spec: str) -> Source:
     """The model that `spec` names, not built yet.
 
@@ -361,13 +378,25 @@ def resolve(spec: str) -> Source:
         name = name.strip()
         options = specs.parse(spec, {key: entry.options for key, entry in MODELS.items()}, "model")
         return _Registered(MODELS[name], options)
+    if name.strip() in MODEL_PLUGINS:
+        return _with_options(MODEL_PLUGINS[name.strip()], name.strip(), rest)
     if name.strip() == "torchvision":
         return _torchvision_source(rest)
     target, _, function = spec.rpartition(":")
     if target.endswith(".py") or (target and function.strip().isidentifier()):
         return _factory_source(target.strip(), function.strip(), spec)
-    known = ", ".join([*MODELS, "torchvision:NAME", "path/to/file.py:factory", "package.module:factory"])
-    raise InputError(f"unknown model {spec!r}{specs.suggest(name.strip(), MODELS)}; known: {known}")
+    names = [*MODELS, *MODEL_PLUGINS]
+    known = ", ".join([*names, "torchvision:NAME", "path/to/file.py:factory", "package.module:factory"])
+    raise InputError(f"unknown model {spec!r}{specs.suggest(name.strip(), names)}; known: {known}")
+
+
+def _with_options(source: Source, name: str, options: str) -> Source:
+    """The model of a package with the options given; only an `Entry` has any."""
+    if isinstance(source, _Registered):
+        return replace(source, options=specs.parse(f"{name}:{options}", {name: source.options}, "model"))
+    if options.strip():
+        raise InputError(f"model {name!r} has no option {options.strip()!r}; options: none")
+    return source
 
 
 def build_model(

@@ -8,21 +8,18 @@ script or style but its own.
 from __future__ import annotations
 
 import base64
-import hashlib
 import html
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from leakaudit.report import words
 from leakaudit.report.charts import loss_chart
 from leakaudit.report.folder import read_picture
+from leakaudit.report.pages import asset, environment, policy_hash
 from leakaudit.report.redact import redact as redact_result
 from leakaudit.report.tokens import Sentence, sentence, tally
 from leakaudit.report.wording import WORDINGS, Wording
@@ -113,9 +110,9 @@ def render_html(result: AuditResult, folder: Path | None, redact: bool = False) 
     columns = _score_columns(result.trials, say)
     trials = [_trial_view(result, index, columns, pictures) for index in ranked(result)]
     best = trials[0] if result.best is not None else None
-    css, script = _asset("audit.css"), _asset("audit.js")
+    css, script = asset("audit.css"), asset("copy.js", "audit.js")
     return (
-        _environment()
+        environment()
         .get_template("audit.html.j2")
         .render(
             result=result,
@@ -128,8 +125,8 @@ def render_html(result: AuditResult, folder: Path | None, redact: bool = False) 
             findings=[(finding, _finding_data(finding)) for finding in sorted_findings(result.findings)],
             css=css,
             script=script,
-            css_hash=_policy_hash(css),
-            script_hash=_policy_hash(script),
+            css_hash=policy_hash(css),
+            script_hash=policy_hash(script),
             words=words,
             say=say,
         )
@@ -158,26 +155,6 @@ def ranked(result: AuditResult) -> list[int]:
         return index != result.best, math.inf if residual is None or math.isnan(residual) else residual
 
     return sorted(range(len(result.trials)), key=rank)
-
-
-@cache
-def _environment() -> Environment:
-    return Environment(
-        loader=PackageLoader("leakaudit", "report/templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-
-
-@cache
-def _asset(name: str) -> str:
-    return (Path(__file__).parent / "templates" / name).read_text(encoding="utf-8")
-
-
-def _policy_hash(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 class _Pictures:

@@ -1,1 +1,1 @@
-"""Sweeps: many audits of one model, defense by defense, with utility, bounds and a gate for CI."""
+"""Many audits: every protocol with every defense under every attack, resumable, on one machine or on many."""

@@ -234,7 +234,7 @@ def test_knowing_the_interval_of_rounding_beats_taking_numbers_for_exact() -> No
 
 
 def test_a_label_in_doubt_is_settled_by_the_match() -> None:
-    view, x, y = smooth()
+    view, _, y = smooth()
     bias = view.victim.classifier().bias  # type: ignore[union-attr]
     wrong = (int(y) + 1) % view.victim.num_classes
     swapped = view.observed[bias].clone()  # type: ignore[index]

@@ -1,0 +1,34 @@
+"""What the HTML pages share: templates, their styles and scripts, and the policy that allows just these."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from functools import cache
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+
+@cache
+def environment() -> Environment:
+    """Templates that escape everything and fail on names they do not know."""
+    return Environment(
+        loader=PackageLoader("leakaudit", "report/templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+@cache
+def asset(*names: str) -> str:
+    """Styles or scripts beside the templates, one after the other."""
+    folder = Path(__file__).parent / "templates"
+    return "".join((folder / name).read_text(encoding="utf-8") for name in names)
+
+
+def policy_hash(text: str) -> str:
+    """What a content security policy calls an inline style or script by."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

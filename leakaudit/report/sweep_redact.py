@@ -1,0 +1,45 @@
+"""Taking the private examples out of a sweep's result, so that its page can be handed on."""
+
+from __future__ import annotations
+
+import re
+
+from leakaudit.report.redact import WITHHELD
+from leakaudit.results import Token
+from leakaudit.sweep_results import Cell, Example, Run, SweepResult
+
+
+def redact_sweep(result: SweepResult) -> SweepResult:
+    """The result without original pictures and sentences, marks on tokens and labels.
+
+    Reconstructions and scores stay: they are what leaked.  Labels go on both sides, for in a sweep
+    the adversary may have been given the true ones.
+    """
+    return result.model_copy(
+        update={
+            "redacted": True,
+            "cells": [_without_truth(cell) for cell in result.cells],
+            "command": re.sub(r"(--labels?)([ =]+)\S+", rf"\1\2{WITHHELD}", result.command),
+        }
+    )
+
+
+def _without_truth(cell: Cell) -> Cell:
+    return cell.model_copy(update={"runs": [_blind_run(run) for run in cell.runs]})
+
+
+def _blind_run(run: Run) -> Run:
+    return run.model_copy(update={"examples": [_blind(example) for example in run.examples]})
+
+
+def _blind(example: Example) -> Example:
+    hidden: dict[str, object] = dict.fromkeys(
+        ("original", "original_tokens", "true_label", "recovered_label")
+    )
+    if example.recovered_tokens is not None:
+        hidden["recovered_tokens"] = [_unmarked(token) for token in example.recovered_tokens]
+    return example.model_copy(update=hidden)
+
+
+def _unmarked(token: Token) -> Token:
+    return token.model_copy(update={"right": None})

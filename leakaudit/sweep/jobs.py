@@ -1,0 +1,309 @@
+"""Jobs: what a sweep is made of, each done by itself in whichever process takes it.
+
+A job is plain values, knows the key of its full specification, and leaves its result in a file of
+that key, written last and in one step.  The same job gives the same result under every engine.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+import traceback
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from pydantic import ValidationError
+from torch import Tensor
+
+from leakaudit.atomic import write_atomically
+from leakaudit.auditing import Settings, Subject, audit
+from leakaudit.capture import Captured, capture
+from leakaudit.defenses.naming import Parts, adapted, parse_defense
+from leakaudit.execution import Plan
+from leakaudit.formats.loading import SharedUpdate
+from leakaudit.formats.phrases import first_line
+from leakaudit.inspection import Inspection
+from leakaudit.judgement import NOUNS
+from leakaudit.media import medium_of
+from leakaudit.models.victim import Victim
+from leakaudit.policy import Policy, parse_policy
+from leakaudit.randomness import fork
+from leakaudit.report.folder import write_run
+from leakaudit.results import AuditResult, ExampleScores, Trial, Value
+from leakaudit.subject import learn
+from leakaudit.sweep.protocols import round_of
+from leakaudit.sweep.setup import Setup, load_examples, load_model, load_pool
+from leakaudit.sweep_results import Adversary, Example, Frame, Run
+from leakaudit.threat import View, see
+from leakaudit.update import Update
+
+RUNS = "runs"
+RUN_NAME = "run.json"
+ERROR_NAME = "error.txt"
+
+
+class Job(Protocol):
+    """One piece of work of a sweep."""
+
+    @property
+    def key(self) -> str:
+        """Of its full specification."""
+
+    def stored(self, root: Path) -> Value | None:
+        """The result that an earlier sweep left in the folder `root`; None when there is none."""
+
+    def execute(self, root: Path) -> Value:
+        """Do it, and leave the result in the folder.  What goes wrong is a result."""
+
+    def failed(self, error: str) -> Value:
+        """The result when the process that did it died."""
+
+
+@dataclass(frozen=True)
+class RunJob:
+    """One capture and one audit; see `leakaudit.sweep_results.Run`.
+
+    Attributes:
+        first, count: the private examples, of those that `setup` loads.
+        labels: whether the adversary is given them.
+        policy, metrics: as text, and all that are measured.
+    """
+
+    key: str
+    setup: Setup
+    protocol: str
+    defense: str
+    attack: str
+    adversary: Adversary
+    group: int
+    seed: int
+    first: int
+    count: int
+    labels: bool
+    budget: float | None
+    policy: str
+    metrics: tuple[str, ...]
+    redact: bool
+
+    def folder(self, root: Path) -> Path:
+        return root / RUNS / self.key
+
+    def stored(self, root: Path) -> Run | None:
+        try:
+            return Run.model_validate_json((self.folder(root) / RUN_NAME).read_bytes())
+        except (OSError, ValidationError):
+            return None
+
+    def execute(self, root: Path) -> Run:
+        folder = self.folder(root)
+        folder.mkdir(parents=True, exist_ok=True)
+        began = time.monotonic()
+        try:
+            run = self._audited(folder)
+        except Exception as error:  # one failed run is not the end of the sweep
+            text = traceback.format_exc()
+            write_atomically(folder / ERROR_NAME, text.encode("utf-8", "replace"))
+            run = self.failed(first_line(error))
+        run = run.model_copy(update={"seconds": time.monotonic() - began})
+        if run.status != "interrupted":
+            shutil.rmtree(folder / "attempts", ignore_errors=True)
+            write_atomically(folder / RUN_NAME, (run.model_dump_json(indent=1) + "\n").encode())
+        return run
+
+    def failed(self, error: str) -> Run:
+        return Run(key=self.key, group=self.group, seed=self.seed, status="failed", error=error)
+
+    def pending(self) -> Run:
+        return Run(key=self.key, group=self.group, seed=self.seed, status="pending")
+
+    def _audited(self, folder: Path) -> Run:
+        victim, defenses = load_model(self.setup), parse_defense(self.defense)
+        batch: Any = load_examples(self.setup).part(self.first, self.count)
+        medium = medium_of(victim)
+        captured = self._capture(victim, batch, defenses)
+        undefended = captured.update if not defenses else self._capture(victim, batch, ()).update
+        y = medium.tensors(victim, batch)[1]
+        view, inspection = look(
+            victim.with_mode("eval") if self.setup.language else victim,  # nobody knows the dropout masks
+            captured,
+            defenses,
+            self.adversary,
+            labels=y if self.labels and y.dim() == 1 else None,
+            seed=self.seed,
+        )
+        policy = parse_policy(self.policy, medium.name)
+        settings = Settings(
+            plan=Plan(attacks=(self.attack,), seed=self.seed, budget=self.budget),
+            policy=policy,
+            metrics=self.metrics,
+            controls=False,
+            redact=self.redact,
+            command="leakaudit defend",
+            title=f"{self.protocol} | {self.defense} | {self.attack} | {self.adversary}",
+        )
+        subject = Subject(view, inspection, batch, load_pool(self.setup), checkpoint=self._checkpoint())
+        result = write_run(audit(subject, settings, folder), folder)
+        run = summarise(result, policy, self.metrics, f"{RUNS}/{self.key}")
+        rms = {"noise_std": noise_std(view, captured), "update_rms": _rms(undefended)}
+        return self.pending().model_copy(update={**run, **rms})
+
+    def _capture(self, victim: Victim, batch: Any, defenses: Parts) -> Captured:
+        """The update after `defenses`, of the round that all of the target's make; drawn anew for every
+        target, group and seed, and the same for every attack and adversary."""
+        round = round_of(self.protocol, parse_defense(self.defense))
+        name = f"sweep/{self.protocol}/{self.defense}/{self.first}"
+        return capture(victim, batch, round, defenses=defenses, seed=fork(self.seed, name).initial_seed())
+
+    def _checkpoint(self) -> str | None:
+        return None if self.setup.checkpoint is None else Path(self.setup.checkpoint).name
+
+
+def look(
+    victim: Victim,
+    captured: Captured,
+    defenses: Parts,
+    adversary: Adversary,
+    *,
+    labels: Tensor | None,
+    seed: int,
+) -> tuple[View, Inspection]:
+    """What the adversary sees, and what the update gives away by itself.
+
+    The oblivious one takes a defended update for an undefended one: nothing in what it is told speaks of the
+    defenses, and noise that the inspection finds is not used.  The adaptive one knows them, with their
+    options.  Both are told the round, and infer the labels unless these are given.
+    """
+    medium, manifest = medium_of(victim), captured.manifest
+    unaware = adversary == "oblivious" and bool(defenses)
+    if unaware:
+        manifest = manifest.model_copy(update={"defenses": None, "noise_std": None})
+    update = captured.update.to(victim.device)
+    shared = SharedUpdate(
+        update=update,
+        manifest=manifest,
+        buffers=captured.buffers,
+        has_scale=True,
+        missing=tuple(name for name in victim.params if name not in update),
+        notes=(),
+        dtypes=dict.fromkeys(update, "float32"),
+        sha256="",
+        raw=update,
+    )
+    view, known = see(victim, shared, labels), () if unaware else defenses
+    inspection = medium.inspect(
+        replace(view, knowledge=adapted(view, known).knowledge),  # that there is noise, or no scale
+        dtypes=shared.dtypes,
+        generator=fork(seed, "inspection"),
+    )
+    if unaware:
+        inspection = replace(inspection, noise_std=None)
+    return adapted(learn(view, inspection), known), inspection
+
+
+def noise_std(view: View, captured: Captured) -> float:
+    """Standard deviation, a number, of the noise that the defenses state; 0 without noise.
+
+    Of noise that differs between tensors the root mean square.
+    """
+    if captured.manifest.noise_std is not None:
+        return captured.manifest.noise_std
+    sizes = {name: captured.update[name].numel() for name in captured.update}
+    total = sum(sizes[name] * std**2 for name, std in view.spread.items() if name in sizes)
+    return float((total / sum(sizes.values())) ** 0.5)
+
+
+def _rms(update: Update) -> float:
+    return float(update.norm()) / update.numel() ** 0.5
+
+
+# ------------------------------------------------------------------ from an audit to a run
+
+
+def summarise(result: AuditResult, policy: Policy, metrics: tuple[str, ...], place: str) -> dict[str, Any]:
+    """The fields of a `Run` that an audit gives; `place` is its folder, relative to the sweep's.
+
+    The doubts of an audit (whether file and checkpoint belong together, whether there was a defense) are settled
+    here, where the sweep made the update itself: of a run that does not leak no reasons are kept.
+    """
+    leaks = result.verdict.status == "leaks"
+    fields: dict[str, Any] = {
+        "status": "interrupted" if result.interrupted else "done",
+        "verdict": result.verdict.status,
+        "headline": result.verdict.headline if leaks else _headline(result),
+        "reasons": list(result.verdict.reasons) if leaks else [],
+    }
+    trials = [trial for trial in result.trials if trial.best is not None]
+    if not trials:
+        error = _nothing(result)
+        return fields | ({} if result.interrupted else {"status": "failed", "error": error})
+    higher = _directions(trials, policy)
+    best = min(trials, key=lambda trial: _rank(trial, policy))
+    examples = [
+        _example(example, [trial.examples[row].scores for trial in trials], higher, place)
+        for row, example in enumerate(best.examples)
+    ]
+    return fields | {
+        "attack": best.attack,
+        "residual": best.residual,
+        "examples": examples,
+        "unmeasured": policy.unmeasured(example.scores for example in examples),
+        "strip": [
+            Frame(iteration=frame.iteration, loss=frame.loss, image=_under(place, frame.image))
+            for frame in best.strip
+        ],
+    }
+
+
+def _headline(result: AuditResult) -> str:
+    text = f"No attack that ran recovered {NOUNS[result.medium].possession}"
+    best = result.best_trial
+    late = best is not None and any(attempt.stopped == "budget" for attempt in best.attempts)
+    return f"{text}; the time budget ended the best one early." if late else f"{text}."
+
+
+def _nothing(result: AuditResult) -> str:
+    """Why there is no reconstruction."""
+    reasons = [f"{trial.attack}: {trial.reason}" for trial in result.trials if trial.reason]
+    reasons += [f"{item.attack} does not apply: {item.reason}" for item in result.skipped]
+    return next(iter(reasons), "no attack ran")
+
+
+def _directions(trials: list[Trial], policy: Policy) -> dict[str, bool]:
+    """Metric -> whether more is worse for privacy: as the policy says, else as the metric does."""
+    higher = {score.metric: score.higher_is_better for trial in trials for score in trial.scores}
+    return higher | {threshold.metric: threshold.operator == ">" for threshold in policy.thresholds}
+
+
+def _rank(trial: Trial, policy: Policy) -> tuple[float, ...]:
+    """Smallest for the best reconstruction: by the policy's metrics in their order, then by residual."""
+    keys = []
+    for threshold in policy.thresholds:
+        scores = [score for row in trial.examples if (score := row.scores.get(threshold.metric)) is not None]
+        mean = sum(scores) / len(scores) if scores else float("-inf" if threshold.operator == ">" else "inf")
+        keys.append(-mean if threshold.operator == ">" else mean)
+    return (*keys, float("inf") if trial.residual is None else trial.residual)
+
+
+def _example(
+    shown: ExampleScores, rows: list[dict[str, float | None]], higher: dict[str, bool], place: str
+) -> Example:
+    best: dict[str, float | None] = {}
+    for name in shown.scores:
+        found = [score for row in rows if (score := row.get(name)) is not None]
+        pick = max if higher.get(name, False) else min
+        best[name] = pick(found) if found else None
+    return Example(
+        index=shown.index,
+        scores=best,
+        true_label=shown.true_label,
+        recovered_label=shown.recovered_label,
+        original=_under(place, shown.original),
+        reconstruction=_under(place, shown.reconstruction),
+        original_tokens=shown.original_tokens,
+        recovered_tokens=shown.recovered_tokens,
+    )
+
+
+def _under(place: str, name: str | None) -> str | None:
+    return None if name is None else f"{place}/{name}"
