@@ -593,13 +593,13 @@ def privacy_plots(result: SweepResult, policy: Policy | None) -> list[Plot]:
 
 def _privacy_plot(result: SweepResult, family: _Family, policy: Policy | None) -> Plot | None:
     epsilons = {item.strength: epsilon_of(result, item.cell) for item in family.cells}
-    bounds = _probabilities(result, family)
-    if not bounds and not any(epsilon is not None for epsilon in epsilons.values()):
+    limits = _limits(result, family)
+    if not limits and not any(epsilon is not None for epsilon in epsilons.values()):
         return None
     x = linear_axis(family.strengths, LEFT, WIDTH - RIGHT, 0.08)
     y = Axis(0.0, 100.0, HEIGHT - BOTTOM, TOP + 22)
     accuracies = _accuracies(result, family)
-    strokes, marks = _allowed(x, y, bounds)
+    strokes, marks = _allowed(x, y, limits)
     for drawn in (_trained(x, y, accuracies), _reached(x, y, family, policy)):
         strokes += drawn[0]
         marks += drawn[1]
@@ -616,25 +616,39 @@ def _privacy_plot(result: SweepResult, family: _Family, policy: Policy | None) -
         keys=[
             Key("ring", "oblivious attack breaks the policy, 95 % Wilson interval"),
             Key("full", "adaptive attack"),
-            *([Key("bound", "bound: no adversary succeeds more often", line=True)] if bounds else []),
+            *(Key(limit.look, f"bound on any adversary: {limit.name}", line=True) for limit in limits),
             *([Key("accuracy", "held-out accuracy", line=True)] if accuracies else []),
         ],
-        remarks=_stated([bound for _, bound in bounds]),
+        remarks=_stated([bound for limit in limits for _, bound in limit.bounds]),
     )
 
 
 _Drawn: TypeAlias = tuple[list[Stroke], list[Mark]]
 
 
-def _allowed(x: Axis, y: Axis, bounds: Sequence[tuple[float, Bound]]) -> _Drawn:
-    """The greatest probability of success."""
-    shares = [(strength, 100 * (bound.value or 0.0)) for strength, bound in bounds]
-    marks = [
-        Mark(x.at(strength), y.at(100 * (bound.value or 0.0)), "bound",
-             f"bound: {words.percent(bound.value or 0.0)}; {bound.text}", radius=2.5)
-        for strength, bound in bounds
-    ]  # fmt: skip
-    return ([Stroke(_line(x, y, shares), "bound", "bound on any adversary")] if shares else []), marks
+@dataclass(frozen=True)
+class _Limit:
+    """The greatest probability of success at every strength, of an update or of a whole training."""
+
+    name: str
+    bounds: list[tuple[float, Bound]]
+
+    @property
+    def look(self) -> str:
+        return "bound second" if self.name.endswith("-training") else "bound"
+
+
+def _allowed(x: Axis, y: Axis, limits: Sequence[_Limit]) -> _Drawn:
+    strokes: list[Stroke] = []
+    marks: list[Mark] = []
+    for limit in limits:
+        shares = [(strength, bound.value or 0.0) for strength, bound in limit.bounds]
+        line = _line(x, y, ((strength, 100 * share) for strength, share in shares))
+        strokes.append(Stroke(line, limit.look, f"{limit.name} (bound)"))
+        for (strength, share), (_, bound) in zip(shares, limit.bounds, strict=True):
+            told = f"bound: {words.percent(share)}; {bound.text}"
+            marks.append(Mark(x.at(strength), y.at(100 * share), limit.look, told, radius=2.5))
+    return strokes, marks
 
 
 def _trained(x: Axis, y: Axis, accuracies: Sequence[tuple[float, Utility]]) -> _Drawn:
@@ -672,14 +686,16 @@ def _rate_told(item: _Swept, found: Rate) -> str:
     return f"{who}: {found.successes} of {found.trials} ({interval})"
 
 
-def _probabilities(result: SweepResult, family: _Family) -> list[tuple[float, Bound]]:
-    found: dict[float, Bound] = {}
+def _limits(result: SweepResult, family: _Family) -> list[_Limit]:
+    found: dict[str, dict[float, Bound]] = {}
     for item in family.cells:
         for bound in bounds_of(result, item.cell):
             certain = bound.quantity == "probability" and bound.kind == "bound"
             if certain and bound.value is not None and math.isfinite(bound.value):
-                found.setdefault(item.strength, bound)
-    return sorted(found.items(), key=lambda entry: entry[0])
+                found.setdefault(bound.name, {}).setdefault(item.strength, bound)
+    return [
+        _Limit(name, sorted(bounds.items(), key=lambda entry: entry[0])) for name, bounds in found.items()
+    ]
 
 
 def _accuracies(result: SweepResult, family: _Family) -> list[tuple[float, Utility]]:
@@ -694,7 +710,7 @@ def _epsilon_notes(x: Axis, epsilons: Mapping[float, float | None]) -> list[Note
     for strength, epsilon in sorted(epsilons.items()):
         place = x.at(strength)
         if not notes or place - notes[-1].x >= 30:
-            notes.append(Note(place, TOP + 8, "∞" if epsilon is None else words.number(epsilon, 2), "middle"))
+            notes.append(Note(place, TOP + 8, words.number(epsilon, 2), "middle"))
     return [*notes, Note(LEFT - 8, TOP + 8, "ε", "end")]
 
 

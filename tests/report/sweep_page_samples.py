@@ -177,10 +177,16 @@ def bounds_of(protocol: str, option: Option) -> list[Bound]:
                 value=epsilon, text="At delta 1e-5." if epsilon else "No noise, no guarantee.",
                 source="Gopi et al. 2021 (PRV)",
             ),
-            Bound(
-                protocol=protocol, defense=option.spec, name="reconstruction-robustness", kind="bound",
-                quantity="probability", value=chance, text="Greatest success of any adversary.",
-                source="Hayes et al. 2023, theorem 2", assumptions=["prior of 10 candidates", "q = 1"],
+            *(
+                Bound(
+                    protocol=protocol, defense=option.spec, name=name, kind="bound", quantity="probability",
+                    value=value, text="Greatest success of any adversary.",
+                    source="Hayes et al. 2023, theorem 2", assumptions=["prior of 10 candidates", "q = 1"],
+                )
+                for name, value in (
+                    ("reconstruction-robustness", chance),
+                    ("reconstruction-robustness-training", min(1.0, 3 * chance)),
+                )
             ),
         ]  # fmt: skip
     if option.family == "none":

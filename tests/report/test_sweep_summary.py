@@ -273,8 +273,8 @@ def test_charts_of_a_sweep() -> None:
         "dp-sgd:max_grad_norm=1 · fedsgd",
         "dp-sgd:max_grad_norm=1 · fedavg:steps=5",
     ]
-    assert [note.text for note in private[0].notes] == ["∞", "60", "12", "6", "ε"]
-    assert {"bound", "accuracy"} <= {stroke.look for stroke in private[0].strokes}
+    assert [note.text for note in private[0].notes] == ["–", "60", "12", "6", "ε"]
+    assert {"bound", "bound second", "accuracy"} <= {stroke.look for stroke in private[0].strokes}
     bounds = [mark for mark in private[0].marks if mark.look == "bound"]
     assert [mark.y for mark in bounds] == sorted(mark.y for mark in bounds)  # more noise, less success
 
