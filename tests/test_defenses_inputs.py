@@ -48,7 +48,7 @@ from leakaudit.defenses import (
 from leakaudit.defenses.input_noise import denoised
 from leakaudit.defenses.mixup import capped, mixed
 from leakaudit.defenses.soteria import most_telling
-from leakaudit.defenses.unmixing import unmix
+from leakaudit.defenses.unmixing import solved, unmix
 from leakaudit.errors import InputError
 from leakaudit.formats.checkpoint import parameters_sha256
 from leakaudit.formats.loading import load_update
@@ -93,6 +93,11 @@ def gradient(victim: Victim, x: Tensor, y: Tensor) -> Update:
 
 def close(left: Update, right: Update, tolerance: float = 1e-5) -> bool:
     return list(left) == list(right) and float((left - right).norm() / right.norm()) < tolerance
+
+
+def crops(count: int) -> Tensor:
+    """(count, 3, 32, 32) bundled photographs as pixels."""
+    return control_photos(PHOTOS.shape).pixels[:count]
 
 
 def best_psnr(found: Tensor, truth: Tensor) -> float:
@@ -355,25 +360,43 @@ def test_the_update_is_the_gradient_of_the_mixed_batch() -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(2, 5), st.integers(0, 99))
-def test_labels_of_their_own_give_the_mixture_away(count: int, seed: int) -> None:
+def test_a_known_mixture_is_inverted(count: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    weights = MixUp(k=2, largest=0.9).mixture(count, generator)
-    labels = torch.randperm(10, generator=generator)[:count]
-    x = PHOTOS.encode(torch.rand(count, 3, 32, 32, generator=generator, dtype=torch.float64))
+    weights = MixUp(largest=0.9).mixture(count, generator)
+    x = torch.rand(count, 3, 4, 4, generator=generator, dtype=torch.float64)
+    if float(torch.linalg.cond(weights)) < 100:
+        torch.testing.assert_close(solved(weights, mixed(weights, x)), x, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("k", [2, 3])
+def test_labels_of_their_own_give_the_mixture_away(seed: int, k: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weights = MixUp(k=k, largest=0.9).mixture(3, generator)
+    labels, truth = torch.randperm(10, generator=generator)[:3], crops(3)
     y = weights @ F.one_hot(labels, 10).double()
-    if float(torch.linalg.cond(weights)) > 100:
-        return
-    found, classes = unmix(mixed(weights, x), y, PHOTOS, 2)
+    found, classes = unmix(mixed(weights.float(), PHOTOS.encode(truth)), y, PHOTOS, k)
     order = labels.argsort()
     assert torch.equal(classes, labels[order])
-    torch.testing.assert_close(found, x[order], atol=1e-4, rtol=0)
+    torch.testing.assert_close(PHOTOS.decode(found), truth[order], atol=1e-3, rtol=0)
+
+
+def test_mixtures_that_were_not_recovered_stay_as_they_are() -> None:
+    """The inverse would make their errors larger."""
+    weights = MixUp().mixture(3, fork(1, "mixture"))
+    y = weights @ F.one_hot(torch.tensor([1, 2, 3]), 10).double()
+    noise = 0.2 * torch.randn(3, 3, 32, 32, generator=fork(0, "noise"))
+    x = PHOTOS.encode((mixed(weights.float(), crops(3)) + noise).clamp(0, 1))
+    found, labels = unmix(x, y, PHOTOS, 2)
+    assert found is x
+    assert labels is y
 
 
 @pytest.mark.parametrize(("labels", "least"), [([1, 1], 30.0), ([1, 1, 2], 30.0)])
 def test_mixtures_of_one_label_come_apart_because_photographs_are_likelier(
     labels: list[int], least: float
 ) -> None:
-    truth = control_photos(PHOTOS.shape).pixels[: len(labels)]
+    truth = crops(len(labels))
     weights = MixUp().mixture(len(labels), torch.Generator().manual_seed(2))
     x = mixed(weights.float(), PHOTOS.encode(truth))
     y = weights @ F.one_hot(torch.tensor(labels), 10).double()

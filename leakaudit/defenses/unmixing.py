@@ -35,17 +35,28 @@ def unmix(x: Tensor, y: Tensor, space: Pixels, partners: int) -> tuple[Tensor, T
 
     y = M onehot(labels), each row of M with `partners` coefficients that sum to 1.  Where N classes are seen, M is
     y without the other columns, but for the order of the images, and x = M^-1 x'.  Where labels repeat, the guesses
-    of M that explain y are tried for two partners and few examples: the one whose images have the rarest slopes and
-    stay in the box is kept.  The mixtures and their labels come back as they are when nothing explains y, M
-    is close to singular, or y is not soft.
+    of M that explain y are tried for two partners and few examples, and the one of the likeliest images is kept.
+    The mixtures and their labels come back as they are when nothing explains y, M is close to singular, y is not
+    soft, or the mixtures are likelier photographs than what would come out: then they were not recovered well, and
+    M^-1 would make their errors larger.
     """
     if not y.is_floating_point() or len(x) < 2:
         return x, y
-    found = _recovered(space.decode(x.detach()).double().cpu(), y.detach().double().cpu(), partners)
-    if found is None or float(torch.linalg.cond(found[0])) > SINGULAR:
+    pixels = space.decode(x.detach()).double().cpu()
+    found = _recovered(pixels, y.detach().double().cpu(), partners)
+    if found is None or not _likelier(pixels, found[0]):
         return x, y
     weights, classes = found
     return space.project(solved(weights.to(x.device), x)), classes.to(y.device)
+
+
+def _likelier(pixels: Tensor, weights: Tensor) -> bool:
+    """Whether the images behind mixtures with M are likelier photographs than the mixtures themselves."""
+    if float(torch.linalg.cond(weights)) > SINGULAR:
+        return False
+    unmixed = torch.eye(len(weights), dtype=weights.dtype)
+    scores = [_unlikeliness(solved(guess, pixels)[None], guess[None]) for guess in (weights, unmixed)]
+    return bool(scores[0] < scores[1])
 
 
 def _recovered(pixels: Tensor, y: Tensor, partners: int) -> tuple[Tensor, Tensor] | None:
