@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import platform
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +26,7 @@ from leakaudit.attacks.base import Monitor
 from leakaudit.attacks.levenberg_marquardt import LevenbergMarquardt
 from leakaudit.bounds import Limits, target_bounds
 from leakaudit.defenses import GaussianNoise, apply
+from leakaudit.formats.manifest import Normalisation
 from leakaudit.models.victim import Victim
 from leakaudit.models.zoo import load_victim
 from leakaudit.randomness import fork
@@ -43,7 +43,9 @@ def main() -> None:
         f"torch {torch.__version__}, python {platform.python_version()}, {platform.machine()}, "
         f"{torch.get_num_threads()} thread(s); {options.model}, photo {options.index}, seed {options.seed}"
     )
-    victim = load_victim(options.model, normalisation=((0.0,), (1.0,)), seed=options.seed)
+    victim = load_victim(
+        options.model, normalisation=Normalisation(mean=(0.0,), std=(1.0,)), seed=options.seed
+    )
     pixels = photo(options.cifar, options.index)
     x, y = victim.space.encode(pixels), torch.tensor([3])
     clean = client_update(victim, victim.params, Round(1), x, y)
@@ -68,7 +70,7 @@ def row(victim: Victim, x: Tensor, y: Tensor, share: float, std: float, options:
             found.append(mse(victim, best.x, x))
     bounds = figures(
         target_bounds(
-            replace(view, knowledge=knowledge),
+            view,
             x,
             y,
             [("gaussian-noise", noise)],
