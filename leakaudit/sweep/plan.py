@@ -31,7 +31,7 @@ from leakaudit.sweep.setup import (
     example_hashes,
     load_all,
     load_model,
-    model_hash,
+    model_identity,
     setup_of,
 )
 from leakaudit.sweep.target_jobs import UtilityJob
@@ -130,7 +130,9 @@ def plan_sweep(config: SweepConfig) -> SweepPlan:
     _refuse_other_medium(attacks, medium)
     policy = policy_of(config.fail_on, medium)
     metrics = metrics_of(config.metrics, policy, medium)
-    namer = _Namer(config, setup, str(policy), metrics, model_hash(victim), tuple(example_hashes(setup)))
+    namer = _Namer(
+        config, setup, str(policy), metrics, tuple(model_identity(setup)), tuple(example_hashes(setup))
+    )
     supplied = _supplied(config, targets)
     return SweepPlan(
         config=config,
@@ -231,7 +233,7 @@ def _trainings(config: SweepConfig, setup: Setup, targets: Sequence[Target]) -> 
     )
     common = {
         "version": __version__,
-        "model": _model(setup, model_hash(victim)),
+        "model": model_identity(setup),
         "data": batch_hash(victim, load_all(setup, options.examples)),
         "training": asdict(training),
         "seed": config.seed,
@@ -240,10 +242,6 @@ def _trainings(config: SweepConfig, setup: Setup, targets: Sequence[Target]) -> 
         names = {"protocol": target.protocol, "defense": target.defense}
         key = digest(common | names)
         yield UtilityJob(key, setup, target.protocol, target.defense, training, options.examples, config.seed)
-
-
-def _model(setup: Setup, hash: str) -> list[str | None]:
-    return [setup.model, hash, setup.task, setup.lora, setup.mode, setup.normalisation]
 
 
 # ------------------------------------------------------------------ keys
@@ -257,7 +255,7 @@ class _Namer:
     setup: Setup
     policy: str
     metrics: tuple[str, ...]
-    model: str
+    model: tuple[str | None, ...]
     examples: tuple[str, ...]
 
     def runs(self, target: Target, attack: str, adversary: Adversary) -> tuple[RunJob, ...]:
@@ -293,7 +291,7 @@ class _Namer:
         config, setup, first = self.config, self.setup, group * count
         specification = {
             "version": __version__,
-            "model": _model(setup, self.model),
+            "model": self.model,
             "examples": self.examples[first : first + count],
             "protocol": protocol,
             "defense": defense,
