@@ -1,8 +1,4 @@
-"""Jobs: what a sweep is made of, each done by itself in whichever process takes it.
-
-A job is plain values, knows the key of its full specification, and leaves its result in a file of
-that key, written last and in one step.  The same job gives the same result under every engine.
-"""
+"""One run of a sweep as a job: capture, what the adversary sees, audit, summary."""
 
 from __future__ import annotations
 
@@ -11,7 +7,7 @@ import time
 import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from pydantic import ValidationError
 from torch import Tensor
@@ -30,7 +26,7 @@ from leakaudit.models.victim import Victim
 from leakaudit.policy import Policy, parse_policy
 from leakaudit.randomness import fork
 from leakaudit.report.folder import write_run
-from leakaudit.results import AuditResult, ExampleScores, Trial, Value
+from leakaudit.results import AuditResult, ExampleScores, Trial
 from leakaudit.subject import learn
 from leakaudit.sweep.protocols import round_of
 from leakaudit.sweep.setup import Setup, load_examples, load_model, load_pool
@@ -41,23 +37,6 @@ from leakaudit.update import Update
 RUNS = "runs"
 RUN_NAME = "run.json"
 ERROR_NAME = "error.txt"
-
-
-class Job(Protocol):
-    """One piece of work of a sweep."""
-
-    @property
-    def key(self) -> str:
-        """Of its full specification."""
-
-    def stored(self, root: Path) -> Value | None:
-        """The result that an earlier sweep left in the folder `root`; None when there is none."""
-
-    def execute(self, root: Path) -> Value:
-        """Do it, and leave the result in the folder.  What goes wrong is a result."""
-
-    def failed(self, error: str) -> Value:
-        """The result when the process that did it died."""
 
 
 @dataclass(frozen=True)

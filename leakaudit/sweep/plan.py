@@ -23,7 +23,7 @@ from leakaudit.policy import Policy, parse_policy
 from leakaudit.rounds import Round
 from leakaudit.sweep.config import SweepConfig
 from leakaudit.sweep.curves import read_curves
-from leakaudit.sweep.jobs import Job, RunJob
+from leakaudit.sweep.jobs import RunJob
 from leakaudit.sweep.protocols import CONTROL, canonical, round_of
 from leakaudit.sweep.setup import (
     Setup,
@@ -36,6 +36,7 @@ from leakaudit.sweep.setup import (
 )
 from leakaudit.sweep.target_jobs import UtilityJob
 from leakaudit.sweep.utility import Training
+from leakaudit.sweep.work import Job
 from leakaudit.sweep_results import Adversary, Utility
 
 NO_DEFENSE = "none"

@@ -2,57 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from importlib.util import find_spec
 from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from tiny_sweeps import config, timeless, values
+from tiny_tasks import Note, Task
 
 import leakaudit
 from leakaudit.errors import InputError
-from leakaudit.results import Value
 from leakaudit.sweep import engine
 from leakaudit.sweep.config import build_config
 from leakaudit.sweep.engine import InProcess, LocalPool, local_engine
 from leakaudit.sweep.ray_engine import RayEngine
 from leakaudit.sweep.run import do_jobs
-
-
-class Note(Value):
-    text: str
-    threads: int = 0
-
-
-@dataclass(frozen=True)
-class Task:
-    """Does nothing, or waits, or kills its process as often as `deaths` says."""
-
-    key: str
-    deaths: int = 0
-    seconds: float = 0.0
-
-    def stored(self, root: Path) -> Note | None:
-        return None
-
-    def execute(self, root: Path) -> Note:
-        (root / f"{self.key}-{time.monotonic_ns()}").touch()
-        if len(list(root.glob(f"{self.key}-*"))) <= self.deaths:
-            os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(self.seconds)
-        return Note(text=self.key, threads=torch.get_num_threads())
-
-    def failed(self, error: str) -> Note:
-        return Note(text=f"{self.key} failed: {error}")
 
 
 def always() -> bool:
@@ -114,13 +85,11 @@ def test_a_sweep_that_was_killed_and_resumed_equals_one_left_alone(tmp_path: Pat
         "if __name__ == '__main__':\n"
         "    leakaudit.defend(build_config(json.loads(sys.argv[1])))\n"
     )
-    import json
-
     given = json.dumps(values(_made(killed), workers=1))
     (tmp_path / "sweep.py").write_text(script)
     log = (tmp_path / "log").open("wb")
     process = subprocess.Popen([sys.executable, tmp_path / "sweep.py", given], stdout=log, stderr=log)
-    finished = random.Random().randint(1, 8)
+    finished = random.Random().randint(1, 6)
     while len(list(killed.glob("out/runs/*/run.json"))) < finished:
         assert process.poll() is None, (tmp_path / "log").read_text()
         time.sleep(0.02)

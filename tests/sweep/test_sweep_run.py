@@ -27,10 +27,11 @@ from leakaudit.rounds import Round
 from leakaudit.sweep import jobs
 from leakaudit.sweep.config import build_config
 from leakaudit.sweep.engine import Finished, InProcess
-from leakaudit.sweep.jobs import Job, RunJob, look
+from leakaudit.sweep.jobs import RunJob, look
 from leakaudit.sweep.plan import plan_sweep
 from leakaudit.sweep.run import do_jobs
 from leakaudit.sweep.setup import load_examples, load_model
+from leakaudit.sweep.work import Job
 from leakaudit.sweep_results import Cell, Run, SweepResult
 
 
