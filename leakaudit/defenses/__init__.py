@@ -6,6 +6,7 @@ that makes an update and returns one that makes the defended update.
 
 from leakaudit.defenses.base import Defense, adapt, apply, preset
 from leakaudit.defenses.clipping import Clip
+from leakaudit.defenses.dp_sgd import DPSGD, ClipExamples
 from leakaudit.defenses.noise import GaussianNoise, LaplaceNoise
 from leakaudit.defenses.pruning import DeepGradientCompression, RandomK, TopK
 from leakaudit.defenses.quantisation import Quantise
@@ -23,12 +24,16 @@ DEFENSES: Registry[Defense] = Registry(
         "dgc": DeepGradientCompression(),
         "quantise": Quantise(),
         "clip": Clip(),
+        "clip-examples": ClipExamples(),
+        "dp-sgd": DPSGD(),
     },
 )
 
 __all__ = [
     "DEFENSES",
+    "DPSGD",
     "Clip",
+    "ClipExamples",
     "DeepGradientCompression",
     "Defense",
     "GaussianNoise",
