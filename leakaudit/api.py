@@ -266,6 +266,7 @@ def capture_update(
             `leakaudit.text_data.load_text` and `leakaudit.models.language.load_language_victim`.
         out, truth, save_model: files to write, all .safetensors.
         batch_size, local_steps or epochs, learning_rate: the round; several steps need a learning rate.
+            Some defenses change it: more examples, more steps, more clients.
         normalisation: see `parse_normalisation`.
         defenses: specs of `leakaudit.defenses.naming.parse_defense`, in order; several in one with "+" between.
 
@@ -276,7 +277,8 @@ def capture_update(
     source = _source(model, data, text, max_length)
     _check_targets(out, truth, save_model)
     parts = parse_all(defenses)
-    round = _defended(_round(batch_size, num_examples, local_steps, epochs, learning_rate), parts)
+    asked = _round(batch_size, num_examples, local_steps, epochs, learning_rate)
+    round = _defended(asked, parts)
     victim = load_victim(
         model,
         checkpoint=checkpoint,
@@ -293,7 +295,8 @@ def capture_update(
         source, victim, round.num_examples, start=start, max_length=max_length, seed=seed
     )
     captured = capture(victim, batch, round, defenses=parts, include_buffers=buffers, seed=seed)
-    return _write(captured, victim, batch, Path(out), truth, save_model)
+    changed = [] if round == asked else [f"Round: the defenses make it {_in_words(round)}"]
+    return [*changed, *_write(captured, victim, batch, Path(out), truth, save_model)]
 
 
 def _source(
@@ -384,6 +387,13 @@ def _defended(round: Round, parts: Parts) -> Round:
         except ValueError as error:
             raise InputError(f"defense {spec!r}: {error}") from error
     return round
+
+
+def _in_words(round: Round) -> str:
+    text = f"{counted(round.num_examples, 'example')}, {counted(round.local_steps, 'local step')}"
+    if round.clients > 1:
+        text += f", {round.clients} clients of {counted(round.own_examples, 'example')} each"
+    return text if round.local_steps == 1 else f"{text}, learning rate {round.learning_rate:g}"
 
 
 def _stated(manifest: Manifest | None, task: str | None, lora: str | None) -> Manifest | None:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from leakaudit import __version__
+from leakaudit.attacks.disturbance import errors_of
+from leakaudit.attacks.registry import MAXIMUM_A_POSTERIORI
 from leakaudit.errors import InputError
 from leakaudit.execution import OnProgress, Plan, progress, run_attacks
 from leakaudit.formats.phrases import counted
@@ -102,7 +104,7 @@ def audit(
     view, sweep = medium.settle(subject.view, plan.seed, progress(on_progress, "unknown facts"), share)
     left = None if plan.budget is None else max(0.0, plan.budget - (time.monotonic() - began))
     outcomes, skipped = run_attacks(view, replace(plan, budget=left), folder / "attempts", on_progress)
-    best = _best(outcomes)
+    best = _best(outcomes, disturbed=bool(errors_of(view)))
     yardstick: Yardstick[Any, Any] = Yardstick(
         subject.truth, subject.pool, settings.metrics, settings.policy, plan.seed, settings.redact
     )
@@ -142,10 +144,20 @@ def audit(
     )
 
 
-def _best(outcomes: Sequence[Outcome]) -> int | None:
-    """The smallest residual, but what is proven comes first: unknown dropout or clipping disturbs residuals."""
+def _best(outcomes: Sequence[Outcome], disturbed: bool = False) -> int | None:
+    """The smallest residual, but what is proven comes first: unknown dropout or clipping disturbs residuals.
+
+    Where errors of known size disturb the update (`disturbed`), residuals below their floor are all alike,
+    and of those the candidate weighed against a prior comes first.
+    """
+
+    def rank(outcome: Outcome, residual: float) -> tuple[bool, float, bool]:
+        floor = 0.0 if outcome.verification is None or not disturbed else outcome.verification.floor
+        likely = disturbed and outcome.chosen.name in MAXIMUM_A_POSTERIORI
+        return not outcome.proven, max(residual, floor), not likely
+
     ranks = {
-        i: (not outcome.proven, outcome.best.residual)
+        i: rank(outcome, outcome.best.residual)
         for i, outcome in enumerate(outcomes)
         if outcome.best is not None
     }

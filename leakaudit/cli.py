@@ -501,6 +501,26 @@ def report(
     Console().print(f"Report: {html}", soft_wrap=True, highlight=False)
 
 
+@app.command()
+def baseline(
+    sweep: Annotated[Path, typer.Argument(help="Folder written by defend.", show_default=False)],
+    owner: Annotated[str, typer.Option(help="Who answers for what is accepted.")],
+    expires: Annotated[str, typer.Option(help="Last day of the acceptance, YYYY-MM-DD.")],
+    reason: Annotated[str, typer.Option(help="Why, for whoever reads the baseline.")] = "",
+    out: Annotated[Path, typer.Option(help="Baseline to write.")] = Path("baseline.json"),
+    force: Force = False,
+) -> None:
+    """Accept the leakage that a sweep found, until a day, so that only new leakage fails the gate."""
+    from leakaudit.gate import read_sweep, write_baseline
+
+    written = write_baseline(read_sweep(sweep), out, owner, expires, reason=reason, force=force)
+    console = Console()
+    for entry in written.entries:
+        line = f"{entry.cell}: {entry.owner}, until {entry.expires}"
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    console.print(f"Baseline: {out}", soft_wrap=True, highlight=False, markup=False)
+
+
 @app.command("list")
 def list_names(
     what: Annotated[str, typer.Argument(help="attacks, defenses, models or metrics.", show_default=False)],

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from leakaudit.attacks.base import Monitor, OnStep, Reconstruction
-from leakaudit.attacks.registry import ATTACKS, AUTO, EXACT, medium_of_attack
+from leakaudit.attacks.disturbance import errors_of
+from leakaudit.attacks.registry import ATTACKS, AUTO, EXACT, MAXIMUM_A_POSTERIORI, medium_of_attack
 from leakaudit.attempts import AttemptStore
 from leakaudit.errors import InputError
 from leakaudit.formats.phrases import first_line
@@ -65,7 +66,9 @@ def run_attacks(
     skipped: list[Skipped] = []
     for position, entry in enumerate(chosen):
         reason = (
-            _foreign(entry, medium.name) or entry.attack.applies(view) or _needless(entry, outcomes, deadline)
+            _foreign(entry, medium.name)
+            or entry.attack.applies(view)
+            or _needless(entry, outcomes, deadline, disturbed=bool(errors_of(view)))
         )
         if reason is not None:
             skipped.append(Skipped(attack=entry.name, reason=reason))
@@ -85,9 +88,14 @@ def _foreign(entry: Chosen, medium: MediumName) -> str | None:
     return None if own == medium else f"it reconstructs {own}, this model takes {medium}"
 
 
-def _needless(entry: Chosen, outcomes: list[Outcome], deadline: float | None) -> str | None:
-    """Why an attack that only `auto` asked for need not run, or None."""
-    if not entry.automatic:
+def _needless(
+    entry: Chosen, outcomes: list[Outcome], deadline: float | None, disturbed: bool = False
+) -> str | None:
+    """Why an attack that only `auto` asked for need not run, or None.
+
+    Under errors of known size many inputs match, and the one that weighs them against a prior still gains.
+    """
+    if not entry.automatic or (disturbed and entry.name in MAXIMUM_A_POSTERIORI and not _late(deadline)):
         return None
     for outcome in outcomes:
         check = outcome.verification
@@ -100,9 +108,11 @@ def _needless(entry: Chosen, outcomes: list[Outcome], deadline: float | None) ->
         deficient = check is not None and check.rank is not None
         if check is not None and check.status == "consistent" and (entry.name in EXACT or not deficient):
             return f"{outcome.chosen.name} already explains the update to its floor"
-    if deadline is not None and time.monotonic() > deadline:
-        return "the time budget was used up"
-    return None
+    return "the time budget was used up" if _late(deadline) else None
+
+
+def _late(deadline: float | None) -> bool:
+    return deadline is not None and time.monotonic() > deadline
 
 
 def _share(deadline: float | None, left: int) -> float | None:

@@ -32,7 +32,8 @@ EXACT = 40.0
 """PSNR in dB (MSE 1e-4) from which on a picture is recovered and better scores are not worse leakage."""
 
 Standing: TypeAlias = Literal["broken", "accepted", "inconclusive", "reported", "passed"]
-"""How a cell came out: "reported" leaks under the policy `never`, which fails nothing."""
+"""How a cell came out: "reported" ones fail nothing though they leak, or prove nothing, because the policy is
+`never` or the gate does not count them (the undefended rows that serve as the control)."""
 
 Read = TypeVar("Read", bound=Value)
 
@@ -257,9 +258,9 @@ def standing(cell: Cell, verdict: Gate) -> Standing:
         return "broken"
     if acceptance(cell, verdict) is not None:
         return "accepted"
-    if cell.verdict == "inconclusive":
+    if cell.name in verdict.inconclusive:
         return "inconclusive"
-    return "reported" if cell.verdict == "leaks" else "passed"
+    return "passed" if cell.verdict == "not-recovered" else "reported"
 
 
 def acceptance(cell: Cell, verdict: Gate) -> Acceptance | None:
@@ -361,7 +362,7 @@ def write_baseline(
     force: bool = False,
     today: date | None = None,
 ) -> Baseline:
-    """Accept every leaking cell of a sweep, and write that as the baseline file, in one step.
+    """Accept every leaking cell that the gate counts, and write that as the baseline file, in one step.
 
     Cells that an earlier baseline still covers keep their owner, date and scores; the others, those that
     got worse or expired among them, become `owner`'s.  Inconclusive cells cannot be accepted.
@@ -395,7 +396,7 @@ def write_baseline(
         entries=[
             _entry(cell, result.gate, policy, template, today)
             for cell in result.cells
-            if cell.verdict == "leaks"
+            if standing(cell, result.gate) in ("broken", "accepted")
         ],
     )
     write_atomically(path, (baseline.model_dump_json(indent=1) + "\n").encode(), make_folder=True)

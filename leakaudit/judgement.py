@@ -13,6 +13,8 @@ CONTRADICTION = 10.0
 """Measured error over proven error (both RMS) above which the originals are not those of the update."""
 HOPELESS = 0.9
 """Relative residual above which the checkpoint itself is in doubt."""
+OPEN = 0.5
+"""Share of the pixels' variance left open above which a match is no leak by itself."""
 NO_CONTROL = "The positive control did not run."
 DISCRETE: frozenset[Medium] = frozenset({"text"})
 """Media in which the private input itself must explain the update, and a proven input is the private one."""
@@ -146,13 +148,15 @@ def judge(
 
 
 def _checked(trials: Sequence[Trial], status: str) -> list[str]:
-    """What verification says of the trials with `status`; a proven lack of uniqueness does not count."""
+    """What verification says of the trials with `status`; a proven lack of uniqueness does not count, nor does
+    a match that leaves most of the pixels open, as any under enough noise."""
     return [
         f"{trial.attack}: {check.text}"
         for trial in trials
         if (check := trial.verification) is not None
         and check.status == status
         and (check.rank is None or check.rank == check.unknowns)
+        and (check.left_open is None or check.left_open <= OPEN)
     ]
 
 

@@ -117,6 +117,8 @@ class Verification(Value):
     `cramer_rao` is the least error (RMS per pixel, units of [0, 1]) that an unbiased attack on the
     equations counted here makes when the update carries Gaussian noise as large as the floor's; where
     `distance` bounds the worst case, this is the typical one.
+    `left_open`, in [0, 1], is the share of the variance of unrelated pixels that remains, with errors as large
+    as the floor's, to one who knows the update (linear, Gaussian): 1 when a match tells nothing.
     """
 
     status: Literal["verified", "consistent", "not-matched"]
@@ -125,6 +127,7 @@ class Verification(Value):
     floor: float
     distance: float | None = None
     cramer_rao: float | None = None
+    left_open: float | None = None
     smallest_singular_value: float | None = None
     largest_singular_value: float | None = None
     rank: int | None = None

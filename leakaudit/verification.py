@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from leakaudit.attacks.disturbance import errors_of
 from leakaudit.attacks.head import rms, storage_precision
 from leakaudit.attacks.jacobian import Spectrum, System
 from leakaudit.formats.phrases import first_line
@@ -33,6 +34,8 @@ from leakaudit.update import Update
 ROUNDING_SLACK = 4.0
 OWN_PRECISION = 1e-12
 INFORMATIVE = 0.05
+UNRELATED = 0.25
+"""Standard deviation of a pixel of [0, 1] over unrelated photographs."""
 LINEAR = 0.5
 LEVELS = 4096
 FLOPS = {"cpu": 1e10}
@@ -88,6 +91,9 @@ def verify(view: View, x: Tensor, y: Tensor, budget: Budget | None = None) -> Ve
     found, floor = compare(view, exact, x, y, view.unknowns)
     if not found.residual <= found.floor:
         return found
+    if _explained_by_grey(exact, y, found.floor):
+        reason = "a plain grey picture explains it as well, so a match tells nothing"
+        return _consistent(found.model_copy(update={"left_open": 1.0}), floor, reason)
     budget = budget or Budget()
     if view.unknowns > budget.unknowns:
         reason = f"{view.unknowns:,} unknowns, more than the limit of {budget.unknowns:,} for a Jacobian"
@@ -115,18 +121,21 @@ def compare(view: View, exact: View, x: Tensor, y: Tensor, unknowns: int) -> tup
 def expected_error(view: View, x: Tensor, y: Tensor) -> Floor:
     """How far the observed update may be from the exact one of the true data.
 
-    Known noise; else visible quantisation; else rounding: the difference between float32 and
-    float64 simulations at (x, y), scaled to the precision the numbers are stored in, and what the
-    file's own rounding (`View.rounding`, of a difference of checkpoints) adds; times 4, since the
-    client rounded differently.
+    Known noise, or known rounding taken for noise; else visible quantisation; else rounding: the
+    difference between float32 and float64 simulations at (x, y), scaled to the precision the numbers are
+    stored in, and what the file's own rounding (`View.rounding`, of a difference of checkpoints) adds;
+    times 4, since the client rounded differently.
     """
-    noise = view.knowledge.noise_std.value
-    numbers = view.observed.numel()
-    if noise:
-        spread = 1 + 3 / math.sqrt(2 * numbers)  # |noise| concentrates: three standard deviations
-        return Floor(
-            dict.fromkeys(view.observed, float(noise)), spread * noise * math.sqrt(numbers), "known noise"
+    known = errors_of(view)
+    if known:
+        norm, fourth = (
+            sum(error**power * view.observed[name].numel() for name, error in known.items()) ** (1 / power)
+            for power in (2, 4)
         )
+        spread = (
+            1 + 3 / math.sqrt(2) * (fourth / norm) ** 2
+        )  # |noise| concentrates: three standard deviations
+        return Floor(known, spread * norm, "known rounding" if _only_rounded(view) else "known noise")
     steps = {name: quantisation_step(tensor) for name, tensor in view.observed.items()}
     rounding = _rounding(view, x, y)
     errors = {name: max(rounding[name], steps[name] / 2) for name in rounding}
@@ -135,6 +144,17 @@ def expected_error(view: View, x: Tensor, y: Tensor) -> Floor:
         for part in (errors, {name: step / 2 for name, step in steps.items()})
     )
     return Floor(errors, norm, "quantisation" if coarse > 0.7 * norm else "rounding")
+
+
+def _only_rounded(view: View) -> bool:
+    return view.slack is not None and not view.knowledge.noise_std.value
+
+
+def _explained_by_grey(exact: View, y: Tensor, floor: float) -> bool:
+    """Whether a grey picture of the same labels has an update within the floor too: then anything has."""
+    space = exact.victim.space
+    grey = space.encode(torch.full((exact.round.num_examples, *space.shape), 0.5, dtype=torch.float64))
+    return exact.residual(grey.to(exact.victim.device), y) <= floor
 
 
 def quantisation_step(tensor: Tensor) -> float:
@@ -182,7 +202,7 @@ def _affordable(view: View, x: Tensor, y: Tensor, floor: Floor, budget: Budget) 
     Under known noise all of them, where that can be afforded, since each one counts.
     """
     weights = {name: 1 / error for name, error in floor.rms.items()}
-    noisy = view.knowledge.noise_std.value is not None
+    noisy = bool(errors_of(view))
     for limit in (view.observed.numel(), None) if noisy else (None,):
         system = System.of(view, y, fork(0, "verification"), limit, weights)
         dear = _too_dear(system, system.point(x), budget)
@@ -234,6 +254,7 @@ def _bound(found: Verification, system: System, point: Tensor, floor: Floor) -> 
             "equations": spectrum.equations,
             "distance": distance if spectrum.full_rank else None,
             "cramer_rao": system.cramer_rao(spectrum) if spectrum.full_rank else None,
+            "left_open": spectrum.left_open(UNRELATED * system.unit),
         }
     )
     if spectrum.weakest is None:

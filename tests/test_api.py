@@ -237,17 +237,18 @@ def test_capture_update_says_what_it_did(tmp_path: Path) -> None:
 
 
 def test_the_policys_metrics_are_always_measured(tmp_path: Path) -> None:
-    from leakaudit.api import _check_names, _metrics
+    from leakaudit.api import _check_names
+    from leakaudit.media.base import metrics_of
     from leakaudit.media.images import IMAGES
     from leakaudit.media.text import TEXT
 
-    assert _metrics(["mse"], parse_policy("psnr>3,lpips<0.1"), IMAGES) == ("mse", "psnr", "lpips")
-    assert _metrics(None, parse_policy("psnr>3"), IMAGES)[0] == "mse"
-    assert _metrics(["bag-f1"], parse_policy("rouge-l>0.5"), TEXT) == ("bag-f1", "rouge-l")
+    assert metrics_of(["mse"], parse_policy("psnr>3,lpips<0.1"), IMAGES) == ("mse", "psnr", "lpips")
+    assert metrics_of(None, parse_policy("psnr>3"), IMAGES)[0] == "mse"
+    assert metrics_of(["bag-f1"], parse_policy("rouge-l>0.5"), TEXT) == ("bag-f1", "rouge-l")
     with pytest.raises(leakaudit.InputError, match="unknown metric 'msse', did you mean 'mse'"):
         _check_names(None, ["msse"])
     with pytest.raises(leakaudit.InputError, match="metric bag-f1 does not measure images"):
-        _metrics(["bag-f1"], parse_policy("never"), IMAGES)
+        metrics_of(["bag-f1"], parse_policy("never"), IMAGES)
 
 
 def test_seeds_are_forked_not_set(tmp_path: Path) -> None:

@@ -62,6 +62,15 @@ def test_without_truth_a_match_is_a_leak_unless_other_inputs_share_the_update() 
         assert found.reasons[-1] == "Without the originals a failed attack says nothing about safety."
 
 
+@pytest.mark.parametrize("left_open", [0.1, 0.9])
+def test_a_match_that_leaves_the_pixels_open_is_no_leak(left_open: float) -> None:
+    matched = trial(None, "consistent")
+    assert matched.verification is not None
+    check = matched.verification.model_copy(update={"left_open": left_open})
+    found = verdict(matched.model_copy(update={"verification": check}), truth=False)
+    assert found.status == ("leaks" if left_open < 0.5 else "inconclusive")
+
+
 def test_not_recovered_needs_the_truth_and_the_positive_control() -> None:
     found = verdict(trial(12.0))
     assert (found.status, found.exit_code) == ("not-recovered", 0)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from leakaudit.attacks.jacobian import Spectrum
 from leakaudit.models.spaces import Pixels
 from leakaudit.models.victim import Victim
 from leakaudit.randomness import fork
@@ -261,3 +262,39 @@ def test_soft_labels_are_taken_as_given() -> None:
     view, x, y = capture(full_rank())
     soft = nn.functional.one_hot(y, 5).double()
     assert verify(view, x, soft).status == "verified"
+
+
+def test_a_match_that_a_grey_picture_reaches_too_is_no_leak() -> None:
+    """Under huge noise anything matches: it must not count, with or without a Jacobian."""
+    clean, x, y = capture(full_rank())
+    std = 10 * float(clean.observed.norm()) / clean.observed.numel() ** 0.5
+    noisy = clean.observed.map(lambda g: g + std * torch.randn(g.shape, generator=fork(0, "dp")))
+    view = replace(clean, observed=noisy, spread=dict.fromkeys(noisy, std))
+    nonsense = noise_like(x, 1)
+    for budget in (Budget(), Budget(unknowns=1)):
+        found = verify(view, nonsense, y, budget)
+        assert (found.status, found.left_open) == ("consistent", 1.0)
+        assert "grey" in found.reason
+
+
+def test_what_is_left_open_grows_with_the_noise_and_decides_the_verdict() -> None:
+    clean, x, y = capture(full_rank())
+    shares = []
+    for std in (1e-4, 1e-1, 2.0):
+        noisy = clean.observed.map(lambda g, std=std: g + std * torch.randn(g.shape, generator=fork(0, "dp")))  # type: ignore[misc]
+        found = verify(replace(clean, observed=noisy, spread=dict.fromkeys(noisy, std)), x, y)
+        assert found.left_open is not None
+        shares.append(found.left_open)
+    assert shares == sorted(shares)
+    assert shares[0] < 0.05
+    assert shares[-1] > 0.5
+
+
+def test_left_open_is_the_posterior_variance_of_a_linear_gaussian_problem() -> None:
+    matrix = torch.randn(30, 6, dtype=torch.float64, generator=fork(0, "m"))
+    prior = torch.eye(6, dtype=torch.float64) / 0.25**2
+    expected = torch.linalg.inv(matrix.T @ matrix + prior).trace() / (6 * 0.25**2)
+    assert Spectrum.of(matrix).left_open(0.25) == pytest.approx(float(expected))
+    wide = matrix[:4]
+    expected = torch.linalg.inv(wide.T @ wide + prior).trace() / (6 * 0.25**2)
+    assert Spectrum.of(wide).left_open(0.25) == pytest.approx(float(expected))

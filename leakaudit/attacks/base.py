@@ -72,6 +72,13 @@ def require_falling(first: float, last: float) -> None:
         raise ValueError(f"weights must be positive and fall, got {first} to {last}")
 
 
+def needs_scale(view: View) -> str | None:
+    """Why a distance that depends on length cannot be used, or None."""
+    if view.scale_free:
+        return "the update has no known scale (its learning rate is unknown); this attack compares lengths"
+    return None
+
+
 class Attack(Protocol):
     """One family a file; a preset is an instance with its citation above it."""
 

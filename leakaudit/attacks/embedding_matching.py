@@ -18,8 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from leakaudit.attacks.base import Attack, Monitor, Reconstruction, require_positive
-from leakaudit.attacks.gradient_matching import needs_scale
+from leakaudit.attacks.base import Attack, Monitor, Reconstruction, needs_scale, require_positive
 from leakaudit.attacks.matching import Distance
 from leakaudit.attacks.optimise import DISTANCES, Candidate, DistanceName, lbfgs
 from leakaudit.attacks.sentences import (

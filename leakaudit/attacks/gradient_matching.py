@@ -15,24 +15,50 @@ from leakaudit.attacks.base import (
     require_falling,
     require_positive,
 )
-from leakaudit.attacks.labels import infer_labels
+from leakaudit.attacks.disturbance import errors_of
+from leakaudit.attacks.labels import infer_labels, likely_labels
 from leakaudit.attacks.matching import cosine, variation
 from leakaudit.attacks.optimise import Candidate, Matching, Objective, adam, continuation, geometric, lbfgs
+from leakaudit.rounds import client_update
 from leakaudit.threat import View
 
 
 def assumed_labels(view: View, generator: torch.Generator) -> Tensor:
-    """The labels the adversary goes by: known, or inferred from the last layer's gradients; (N,) int64."""
+    """The labels the adversary goes by, (N,) int64: known, or inferred from the last layer's gradients.
+
+    Where a known defense leaves several in question for one example, each is tried (`most_fitting`).
+    """
     if view.knowledge.labels.value is not None:
         return torch.as_tensor(view.knowledge.labels.value, device=view.victim.device)
+    disturbed = bool(errors_of(view)) or view.client is not client_update
+    if disturbed and view.round.num_examples == 1 and view.round.local_steps == 1:
+        likely = likely_labels(view, CANDIDATES)
+        if likely:
+            return most_fitting(view, likely, generator)
     return infer_labels(view, generator).labels.to(view.victim.device)
 
 
-def needs_scale(view: View) -> str | None:
-    """Why a distance that depends on length cannot be used, or None."""
-    if view.scale_free:
-        return "the update has no known scale (its learning rate is unknown); this attack compares lengths"
-    return None
+def most_fitting(view: View, labels: list[int], generator: torch.Generator) -> Tensor:
+    """The one of several labels for one example, (1,) int64, with which the update is matched best.
+
+    Each gets `TRIAL` calls of L-BFGS with a little of the prior, from the same start.
+    """
+    options = [torch.tensor([label], device=view.victim.device) for label in labels]
+    if len(options) == 1:
+        return options[0]
+    objective = _with_prior(Matching(view, "relative"), TRIAL_PRIOR)
+    start = view.victim.space.sample(1, generator, view.victim.dtype)
+    losses = []
+    for label in options:
+        monitor = Monitor()
+        lbfgs(Candidate(start, labels=label), objective, monitor, iterations=TRIAL)
+        losses.append(monitor.best_loss)
+    return options[min(range(len(options)), key=losses.__getitem__)]
+
+
+CANDIDATES = 10
+TRIAL = 4
+TRIAL_PRIOR = 1e-2
 
 
 @dataclass(frozen=True)
@@ -60,7 +86,7 @@ class DeepLeakage:
         require_positive(self, "iterations", "learning_rate", "patience", "restarts")
 
     def applies(self, view: View) -> str | None:
-        return needs_scale(view)
+        return None
 
     def run(self, view: View, generator: torch.Generator, monitor: Monitor) -> Reconstruction:
         count, dtype = view.round.num_examples, view.victim.dtype
@@ -155,8 +181,15 @@ class TotalVariationPath:
     and only chooses among the inputs that remain at the end (a continuation method, cf. Hale, Yin,
     Zhang 2008).  Each stage starts where the one before it ended.
 
+    Where the noise in the update is known, the distance is that of maximum likelihood and the prior ends
+    at the weight a photograph gives it (`PHOTOGRAPHIC`), which makes this the maximum a posteriori
+    attack: the stronger the noise, the more the prior decides.  While the update is still explained
+    worse than the noise explains (the discrepancy principle, Morozov 1966), up to `STAGES_BEYOND` more
+    stages weaken the prior further.
+
     Attributes:
-        first, last: weights of the prior's mean over pixels, > 0, in geometric steps.
+        first, last: weights of the prior's mean over pixels, > 0, in geometric steps; known noise
+            replaces `last`.
         stages: number of weights.
         iterations: calls of L-BFGS a stage, of 20 inner steps each.
     """
@@ -172,22 +205,71 @@ class TotalVariationPath:
         require_at_least_one(self, "stages", "iterations", "restarts")
 
     def applies(self, view: View) -> str | None:
-        return needs_scale(view)
+        return None
 
     def run(self, view: View, generator: torch.Generator, monitor: Monitor) -> Reconstruction:
         labels = assumed_labels(view, generator)
         x = view.victim.space.sample(view.round.num_examples, generator, view.victim.dtype)
-        objectives = [_with_prior(view, weight) for weight in geometric(self.first, self.last, self.stages)]
-        monitor.expect(self.stages * (self.iterations + 1))
+        distance = Matching(view, "relative")
+        beyond = STAGES_BEYOND if distance.comparison.factors else 0
+        monitor.expect((self.stages + beyond) * (self.iterations + 1))
+        weights = geometric(self.first, min(self.first, self._last(distance)), self.stages)
+        x = self._stages(distance, x, labels, weights, monitor)
+        used = weights[-1]
+        for _ in range(beyond):
+            if monitor.stopped == "budget" or _explained(distance, x, labels):
+                break
+            used /= WEAKER
+            x = self._stages(distance, x, labels, [used], monitor)
+        return monitor.result(details={"prior": used})
+
+    def _last(self, distance: Matching) -> float:
+        """The weight to end with."""
+        view, errors = distance.view, errors_of(distance.view)
+        if not distance.comparison.factors:
+            return self.last
+        likelihood = sum(float((g / errors[name]).square().sum()) for name, g in view.observed.items()) / 2
+        return PHOTOGRAPHIC * _pixels(view) / likelihood
+
+    def _stages(
+        self, distance: Matching, x: Tensor, labels: Tensor, weights: list[float], monitor: Monitor
+    ) -> Tensor:
+        objectives = [_with_prior(distance, weight) for weight in weights]
         patience = self.iterations // 2
-        continuation(x, labels, objectives, monitor, iterations=self.iterations, patience=patience)
-        return monitor.result()
+        return continuation(x, labels, objectives, monitor, iterations=self.iterations, patience=patience)
 
 
-def _with_prior(view: View, weight: float) -> Objective:
-    distance, space = Matching(view, "relative"), view.victim.space
-    pixels = view.unknowns / space.shape[0]
+PHOTOGRAPHIC = 3.0
+"""Nats of prior for each unit of `variation`.
+
+A density exp(-b V) with V homogeneous of degree q in n numbers has E V = n / (q b); the mean of `variation`
+over CIFAR-10 training images, 0.36 a pixel of three numbers at q = 0.8, thus gives b = 10.  Maximum a
+posteriori pictures of such sparse priors are flatter than photographs; on the first training images a
+third of it was better at every noise tried, from 0.1 % to 100 % of the update's rms.
+"""
+STAGES_BEYOND = 3
+WEAKER = 3.0
+
+
+def _pixels(view: View) -> float:
+    """Over all examples."""
+    return view.unknowns / view.victim.space.shape[0]
+
+
+def _with_prior(distance: Matching, weight: float) -> Objective:
+    space, pixels = distance.view.victim.space, _pixels(distance.view)
     return lambda x, y: distance(x, y) + weight * variation(space.decode(x)) / pixels
+
+
+def _explained(distance: Matching, x: Tensor, y: Tensor) -> bool:
+    """Whether the update is matched up to noise: chi-square within a standard deviation of its mean."""
+    view, errors = distance.view, errors_of(distance.view)
+    with torch.no_grad():
+        simulated = distance.comparison.sized(view.simulate(x, y))
+    departure = simulated - view.observed
+    chi_square = sum(float((g.double() / errors[name]).square().sum()) for name, g in departure.items())
+    numbers = view.observed.numel()
+    return bool(chi_square <= numbers + (2 * numbers) ** 0.5)
 
 
 # Zhu, Liu, Han 2019, "Deep Leakage from Gradients", algorithm 1.  Deviations: a strong Wolfe line

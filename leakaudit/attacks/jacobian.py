@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.func import jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from leakaudit.randomness import fork
 from leakaudit.rounds import client_update
 from leakaudit.threat import View
 from leakaudit.update import Update
@@ -106,12 +107,29 @@ class Buckets:
         return sums / math.sqrt(self.sign.shape[1])
 
 
+@dataclass(frozen=True)
+class Picked:
+    """Any tensor -> some of its numbers, then as `rest` says.
+
+    Attributes:
+        index: positions in the flattened tensor, int64.
+    """
+
+    index: Tensor
+    rest: Piece
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        return self.rest(gradient.reshape(-1)[self.index])
+
+
 def whole(gradient: Tensor) -> Tensor:
     """Any tensor -> all its numbers."""
     return gradient.reshape(-1)
 
 
 def _cast(piece: Piece, dtype: torch.dtype) -> Piece:
+    if isinstance(piece, Picked):
+        return Picked(piece.index, _cast(piece.rest, dtype))
     if isinstance(piece, LowRank):
         return LowRank(piece.left.to(dtype), piece.right.to(dtype))
     return Buckets(piece.order, piece.sign.to(dtype)) if isinstance(piece, Buckets) else piece
@@ -125,11 +143,14 @@ class Plan:
         ranks: tensor name -> rank, for `LowRank`.
         counts: tensor name -> equations to keep, for all others.
         equations: in all.
+        shared: tensor name -> positions of the numbers that a known mask lets through, where there is one;
+            a masked number is no equation.
     """
 
     ranks: dict[str, int]
     counts: dict[str, int]
     equations: int
+    shared: dict[str, Tensor]
 
 
 def plan(view: View, limit: int) -> Plan:
@@ -139,16 +160,47 @@ def plan(view: View, limit: int) -> Plan:
     half; the rest share what is left of `limit` in proportion to their size, at least 64 each.
     """
     shapes = {name: tensor.shape for name, tensor in view.observed.items()}
+    trial = None if view.client is client_update else _trial(view)
     ranks = {
         name: rank
         for name, rank in _linear_ranks(view).items()
         if 2 * rank * sum(shapes[name]) <= shapes[name].numel()
+        and (trial is None or _has_rank(trial[name], rank))
     }
+    shared = {} if trial is None else _shared(view.observed, trial, ranks)
     spent = sum(rank * sum(shapes[name]) for name, rank in ranks.items())
-    rest = {name: shape.numel() for name, shape in shapes.items() if name not in ranks}
+    sizes = {name: len(shared[name]) if name in shared else shape.numel() for name, shape in shapes.items()}
+    rest = {name: size for name, size in sizes.items() if name not in ranks}
     share = max(limit - spent, limit // 2) / max(sum(rest.values()), 1)
     counts = {name: min(size, max(64, math.ceil(size * share))) for name, size in rest.items()}
-    return Plan(ranks, counts, spent + sum(counts.values()))
+    return Plan(ranks, counts, spent + sum(counts.values()), shared)
+
+
+def _trial(view: View) -> Update:
+    """The update of random examples: which form the known client gives to it."""
+    generator = fork(0, "trial", view.victim.device)
+    count = view.round.num_examples
+    x = view.victim.space.sample(count, generator, view.victim.dtype)
+    y = torch.arange(count, device=x.device) % view.victim.num_classes
+    return view.simulate(x, y).detach()
+
+
+def _has_rank(gradient: Tensor, rank: int) -> bool:
+    """Whether (K, F) `gradient` has at most this rank, as no masked or rounded one has."""
+    rest = gradient - gradient @ (right := LowRank.of(gradient, rank).right) @ right.T
+    return bool(rest.norm() <= 1e-3 * gradient.norm())
+
+
+def _shared(observed: Update, trial: Update, ranks: Mapping[str, int]) -> dict[str, Tensor]:
+    """Positions of the numbers that are not zero both as observed and as simulated, where some are."""
+    through = {
+        name: (tensor.reshape(-1) != 0) | (trial[name].reshape(-1) != 0) for name, tensor in observed.items()
+    }
+    return {
+        name: kept.nonzero()[:, 0]
+        for name, kept in through.items()
+        if name not in ranks and bool(kept.any()) and not bool(kept.all())
+    }
 
 
 def compression(view: View, limit: int, generator: torch.Generator) -> dict[str, Piece]:
@@ -158,11 +210,18 @@ def compression(view: View, limit: int, generator: torch.Generator) -> dict[str,
     for name, tensor in view.observed.items():
         if name in planned.ranks:
             pieces[name] = LowRank.of(tensor, planned.ranks[name])
-        elif planned.counts[name] < tensor.numel():
-            pieces[name] = Buckets.of(tensor, planned.counts[name], generator)
+        elif name in planned.shared:
+            index = planned.shared[name]
+            picked = tensor.reshape(-1)[index]
+            pieces[name] = Picked(index, _summed(picked, planned.counts[name], generator))
         else:
-            pieces[name] = whole
+            pieces[name] = _summed(tensor, planned.counts[name], generator)
     return pieces
+
+
+def _summed(tensor: Tensor, count: int, generator: torch.Generator) -> Piece:
+    """Buckets where there are more numbers than `count`."""
+    return Buckets.of(tensor, count, generator) if count < tensor.numel() else whole
 
 
 def _linear_ranks(view: View) -> dict[str, int]:
@@ -494,6 +553,7 @@ class Spectrum:
         inverse_squares: sum of 1 / value^2, infinite below full rank; the squared length of the error
             that white noise of unit size causes, summed over the unknowns (Cramer-Rao).
         weakest: (n,) unit right singular vector of the smallest; None below full rank.
+        values: the min(shape) singular values, largest first.
     """
 
     unknowns: int
@@ -503,6 +563,7 @@ class Spectrum:
     smallest: float
     inverse_squares: float
     weakest: Tensor | None
+    values: Tensor
 
     @classmethod
     def of(cls, columns: Tensor) -> Spectrum:
@@ -528,7 +589,14 @@ class Spectrum:
             smallest=float(values[-1]) if equations >= unknowns else 0.0,
             inverse_squares=float((1 / values.square()).sum()) if full else math.inf,
             weakest=_weakest(gram, float(values[0])) if full else None,
+            values=values,
         )
+
+    def left_open(self, deviation: float) -> float:
+        """Share, in [0, 1], of the unknowns' prior variance that is left under white noise of unit size, where
+        they are independent with this standard deviation before: mean of 1 / (1 + (deviation * value)^2)."""
+        seen = 1 / (1 + (deviation * self.values).square())
+        return float(seen.sum() + self.unknowns - len(self.values)) / self.unknowns
 
     @property
     def full_rank(self) -> bool:

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment, nnls
 from torch import Tensor
 
+from leakaudit.attacks.disturbance import errors_of
 from leakaudit.attacks.head import HeadGradient, exact, head_gradient
 from leakaudit.attacks.separation import Separation, separate
 from leakaudit.errors import InputError
@@ -34,6 +35,7 @@ from leakaudit.models.victim import Victim, cross_entropy_sum
 from leakaudit.threat import View
 
 PROBES = 12
+DOUBT = 4.0
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,26 @@ def infer_labels(view: View, generator: torch.Generator, num_examples: int | Non
         head, [estimate.labels for estimate in estimates], probe_features(view, generator), generator
     )
     return best if found is None or not found.proven else _separated(found, best)
+
+
+def likely_labels(view: View, most: int) -> list[int]:
+    """The labels that the one example behind a disturbed update may have, likeliest first, `most` at most.
+
+    The bias gradient p - onehot(y) is least at y.  All classes are in question whose number there is
+    not above the least by more than `DOUBT` standard deviations of the difference of two, or not above
+    half of it where the size of the errors is unknown.  [] when no bias next to the logits was shared.
+    """
+    head = head_gradient(view)
+    if head is None or head.bias_gradient is None or view.victim.classifier() is None:
+        return []
+    values, errors = head.bias_gradient, errors_of(view)
+    classifier = view.victim.classifier()
+    assert classifier is not None
+    error = errors.get(classifier.bias or "", 0.0)
+    least = float(values.min())
+    reach = DOUBT * math.sqrt(2) * error if error else max(-least / 2, 0.0)
+    order = values.argsort(stable=True)
+    return [int(label) for label in order if float(values[label]) <= least + reach][:most]
 
 
 def match_labels(view: View, x: Tensor, generator: torch.Generator) -> tuple[Tensor, str]:

@@ -21,10 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from leakaudit.attacks.base import Monitor, Reconstruction, Stop, require_positive
+from leakaudit.attacks.disturbance import errors_of
+from leakaudit.attacks.gradient_matching import assumed_labels
 from leakaudit.attacks.jacobian import Spectrum, System, plan
 from leakaudit.attacks.labels import infer_labels
 from leakaudit.attacks.matching import cosine, total_variation
 from leakaudit.attacks.optimise import Candidate, adam
+from leakaudit.rounds import client_update
 from leakaudit.threat import View
 
 TRIES = 8
@@ -33,6 +36,9 @@ COARSE = 1e-6
 UNBOXED = 1e-4
 PRIOR_WEIGHT = 1e-8
 NEGLIGIBLE = 0.01
+ANNEALING = (30.0, 10.0, 3.0)
+"""How much larger the noise is taken to be, step by step, before its real size."""
+ANNEALING_STEPS = 6
 STALLED_AFTER = 5
 MEASURE_EVERY = 10
 
@@ -99,7 +105,7 @@ class LevenbergMarquardt:
         problem = self._problem(view, labels, generator)
         start = space.sample(view.round.num_examples, generator, torch.float64).to(view.victim.device)
         logits = None if labels is not None else start.new_zeros(len(start), view.victim.num_classes)
-        end = self._descend(problem, problem.system.point(start, logits), monitor)
+        end = self._anneal(problem, problem.system.point(start, logits), monitor)
         warm = end.stopped == "plateau" and self.warm_start > 0
         if warm:
             candidate = Candidate(space.project(start), labels, logits)
@@ -132,29 +138,45 @@ class LevenbergMarquardt:
 
     def _limit(self, view: View) -> int:
         """Equations to keep; all of them under noise, where each one counts."""
-        noisy = view.knowledge.noise_std.value
-        return view.observed.numel() if noisy else int(self.equations * view.unknowns)
+        return view.observed.numel() if errors_of(view) else int(self.equations * view.unknowns)
 
     def _problem(self, view: View, labels: Tensor | None, generator: torch.Generator) -> Problem:
-        noise = view.knowledge.noise_std.value
-        weights = dict.fromkeys(view.observed, 1 / noise) if noise else None
-        system = System.of(view, labels, generator, self._limit(view), weights)
-        prior = smoothness_matrix(system, self.smoothness) if noise and self.smoothness else None
+        weights = {name: 1 / error for name, error in errors_of(view).items()}
+        system = System.of(view, labels, generator, self._limit(view), weights or None)
+        prior = smoothness_matrix(system, self.smoothness) if weights and self.smoothness else None
         return Problem(
             system,
             system.to(torch.float32),
-            prior,
-            bool(noise),
+            None if prior is None else prior / system.unit**2,
+            bool(weights),
             view.victim.space.project if self.box else None,
         )
 
-    def _descend(self, problem: Problem, point: Tensor, monitor: Monitor) -> End:
-        """Damped Gauss-Newton steps until they gain nothing; how it ended."""
+    def _anneal(self, problem: Problem, point: Tensor, monitor: Monitor) -> End:
+        """A descent that starts as if the noise were larger, so that the prior leads while the picture forms.
+
+        Without known noise, or without a prior, one descent.
+        """
+        if problem.prior is not None:
+            for inflation in ANNEALING:
+                inflated = replace(problem, prior=inflation**2 * problem.prior)
+                end = self._descend(inflated, point, monitor, ANNEALING_STEPS)
+                point = end.here.point
+                monitor.forget_best()  # the next objective is another one
+                if end.stopped == "budget":
+                    break
+        return self._descend(problem, point, monitor)
+
+    def _descend(
+        self, problem: Problem, point: Tensor, monitor: Monitor, iterations: int | None = None
+    ) -> End:
+        """Damped Gauss-Newton steps until they gain nothing, `iterations` at most; how it ended."""
+        iterations = min(self.iterations, iterations or self.iterations)
         here = problem.at(point)
         normal: Normal | None = None
         damping, growth, idle = 0.0, 2.0, 0
-        monitor.start(self.iterations)
-        for _ in range(self.iterations):
+        monitor.start(iterations)
+        for _ in range(iterations):
             if monitor.step(here.loss, *problem.system.split(here.point)):
                 return End(monitor.stopped, here, normal)
             normal = problem.linearise(here)
@@ -209,7 +231,7 @@ class Problem:
     Attributes:
         coarse: the same system in float32, for Jacobians far from the solution.
         prior: P for one example, (D, D), or None.
-        noisy: the noise is known and the equations are divided by its standard deviation.
+        noisy: errors are known and the equations are divided by their standard deviation.
         project: model inputs -> the nearest in the box, or None.
     """
 
@@ -227,7 +249,8 @@ class Problem:
     @property
     def floor(self) -> float:
         """The loss below which a candidate explains the update: rounding, or 1.5 times the noise."""
-        return 1.5 * len(self.system.target) / self.scale if self.noisy else CONVERGED
+        noise = 1.5 * len(self.system.target) / (self.scale * self.system.unit**2)
+        return noise if self.noisy else CONVERGED
 
     @property
     def enough(self) -> float:
@@ -364,6 +387,8 @@ def choose_labels(view: View, generator: torch.Generator) -> tuple[Tensor | None
         inference = infer_labels(view, generator)
         if inference.exact:
             return inference.labels.to(view.victim.device), inference.method
+        if errors_of(view) or view.client is not client_update:
+            return assumed_labels(view, generator), "best match of those left by the last bias gradient"
     return None, "found jointly"
 
 
@@ -456,7 +481,7 @@ def _spectrum(problem: Problem, x: Tensor, labels: Tensor | None) -> dict[str, A
     system = problem.system
     spectrum = Spectrum.of(system.jacobian(system.point(x)) / system.pixel_scale)
     error = system.cramer_rao(spectrum)
-    noise = system.view.knowledge.noise_std.value
+    noise = bool(errors_of(system.view))
     return {
         "rank": spectrum.rank,
         "condition": spectrum.condition,

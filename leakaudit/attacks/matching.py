@@ -18,11 +18,19 @@ def squared(simulated: Update, observed: Update) -> Tensor:
     return torch.stack([(g - observed[name]).square().sum() for name, g in simulated.items()]).sum()
 
 
-def relative(simulated: Update, observed: Update) -> Tensor:
-    """Mean over tensors of |g - g*|^2 / |g*|^2, so that every layer counts alike; a scalar."""
+def relative(simulated: Update, observed: Update, doubt: Update | None = None) -> Tensor:
+    """Mean over tensors of |g - g*|^2 / |g*|^2, so that every layer counts alike; a scalar.
+
+    Where the observed numbers are in `doubt` by so much, |g*|^2 + |doubt|^2 takes the place of |g*|^2: what
+    was rounded to zero is not known to be zero.
+    """
+
+    def size(name: str) -> Tensor:
+        own = observed[name].square().sum()
+        return own if doubt is None else own + doubt[name].square().sum()
+
     terms = [
-        (g - observed[name]).square().sum() / observed[name].square().sum().clamp_min(1e-30)
-        for name, g in simulated.items()
+        (g - observed[name]).square().sum() / size(name).clamp_min(1e-30) for name, g in simulated.items()
     ]
     return torch.stack(terms).mean()
 
@@ -40,6 +48,28 @@ def cosine(simulated: Update, observed: Update) -> Tensor:
 def _unit_size(update: Update) -> Update:
     largest = torch.stack([tensor.detach().abs().max() for tensor in update.values()]).max()
     return update.map(lambda tensor: tensor / largest)
+
+
+def fitted(simulated: Update, length: float) -> Update:
+    """The simulated update scaled to `length`, > 0, differentiably: how it is seen where lengths mean nothing."""
+    simulated = _unit_size(simulated)
+    factor = length / simulated.norm()
+    return simulated.map(lambda tensor: tensor * factor)
+
+
+def outside(simulated: Update, observed: Update, slack: Update, pull: float = 0.0) -> Update:
+    """The simulated update as far as it lies outside the intervals observed +- slack.
+
+    g* + sign(g - g*) (max(|g - g*| - slack, 0) + pull min(|g - g*|, slack)), number by number: any
+    distance to g* is then one to the interval, plus `pull`, in [0, 1], of what lies inside.
+    """
+
+    def beyond(name: str) -> Tensor:
+        departure = simulated[name] - observed[name]
+        inside = departure.clamp(-slack[name], slack[name])
+        return observed[name] + (departure - inside) + pull * inside
+
+    return Update({name: beyond(name) for name in simulated})
 
 
 def total_variation(x: Tensor) -> Tensor:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from leakaudit.attacks.base import Monitor
+from leakaudit.attacks.disturbance import Comparison
 from leakaudit.attacks.matching import (
     Distance,
     cosine,
@@ -64,7 +66,9 @@ Objective = Callable[[Tensor, Tensor], Tensor]
 class Matching:
     """distance(g(x), g*) + tv * TV(x) + statistics * BatchNorm distance, the first divided by `scale`.
 
-    The BatchNorm term counts only when the adversary knows the batch's statistics.
+    The BatchNorm term counts only when the adversary knows the batch's statistics.  What it knows of how
+    the observed numbers were disturbed decides how they are compared (`leakaudit.attacks.disturbance`):
+    under known noise "squared" and "relative" are both maximum likelihood, in units of |g*|^2 and of 1.
     """
 
     view: View
@@ -74,7 +78,7 @@ class Matching:
     scale: float = 1.0
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        loss = DISTANCES[self.distance](self.view.simulate(x, y), self.view.observed) / self.scale
+        loss = self.mismatch(x, y) / self.scale
         if self.tv:
             loss = loss + self.tv * total_variation(x)
         target = self.view.knowledge.statistics.value
@@ -82,6 +86,22 @@ class Matching:
             found = self.view.victim.batch_statistics(self.view.victim.params, x)
             loss = loss + self.statistics * statistics_distance(found, target)
         return loss
+
+    def mismatch(self, x: Tensor, y: Tensor) -> Tensor:
+        """The distance alone, a scalar."""
+        simulated, observed = self.comparison(self.view.simulate(x, y), self.view.observed)
+        if self.distance == "relative" and self.comparison.factors:
+            return squared(simulated, observed) / observed.norm().square()
+        if self.distance == "relative":
+            return relative(simulated, observed, self.comparison.slack)
+        return DISTANCES[self.distance](simulated, observed)
+
+    @cached_property
+    def comparison(self) -> Comparison:
+        """How updates are compared; by cosine they have no length anyway, and noise keeps its own weights."""
+        if self.distance == "cosine":
+            return Comparison(None, {}, None)
+        return Comparison.of(self.view)
 
 
 def lbfgs(

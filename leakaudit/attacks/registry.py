@@ -55,7 +55,7 @@ DESCRIPTIONS: dict[str, str] = {
     "patch-embedding": "closed form through a vision transformer's position embedding (after Lu et al. 2022)",
     "recursive": "layer by layer in least squares, the rest by a prior (after Zhu and Blaschko 2021, R-GAP)",
     "levenberg-marquardt": "damped Gauss-Newton with the explicit Jacobian; machine precision on smooth networks",
-    "tv-path": "L-BFGS with a prior on images weakened in stages; for batches of smooth networks",
+    "tv-path": "L-BFGS with a prior on images weakened in stages; for batches of smooth networks and known noise",
     "dlg": "L-BFGS on squared distance with joint soft labels (Zhu et al. 2019)",
     "idlg": "as dlg, labels inferred first (Zhao et al. 2020)",
     "inverting-gradients": "cosine distance, signed Adam, total variation (Geiping et al. 2020)",
@@ -81,6 +81,9 @@ TEXT_AUTO = ("bag-of-tokens", "position-rows", "span-check", "tiger", "lamp")
 EXACT = ("linear", "patch-embedding", "levenberg-marquardt", "dlg", "idlg", *TEXT_ATTACKS)
 """Attacks without a prior on images, or as `auto` runs them on texts: once the update is matched, another
 match tells nothing new, while a prior can still choose among the inputs that share the update."""
+
+MAXIMUM_A_POSTERIORI = ("tv-path",)
+"""Attacks that weigh the match against a prior on photographs when errors of known size disturb the update."""
 
 
 def medium_of_attack(name: str) -> Literal["images", "text"]:

@@ -5,11 +5,17 @@ that makes an update and returns one that makes the defended update.
 """
 
 from leakaudit.defenses.base import Defense, adapt, apply, preset
+from leakaudit.defenses.batch import LargerBatch, LocalSteps
 from leakaudit.defenses.clipping import Clip
 from leakaudit.defenses.dp_sgd import DPSGD, ClipExamples
+from leakaudit.defenses.freezing import Freeze
+from leakaudit.defenses.input_noise import InputNoise
+from leakaudit.defenses.mixup import MixUp
 from leakaudit.defenses.noise import GaussianNoise, LaplaceNoise
 from leakaudit.defenses.pruning import DeepGradientCompression, RandomK, TopK
 from leakaudit.defenses.quantisation import Quantise
+from leakaudit.defenses.secure_aggregation import SecureAggregation
+from leakaudit.defenses.soteria import Soteria
 from leakaudit.plugins import Registry
 
 DEFENSES: Registry[Defense] = Registry(
@@ -26,6 +32,13 @@ DEFENSES: Registry[Defense] = Registry(
         "clip": Clip(),
         "clip-examples": ClipExamples(),
         "dp-sgd": DPSGD(),
+        "batch": LargerBatch(),
+        "local-steps": LocalSteps(),
+        "secure-aggregation": SecureAggregation(),
+        "freeze": Freeze(),
+        "mixup": MixUp(),
+        "input-noise": InputNoise(),
+        "soteria": Soteria(),
     },
 )
 
@@ -36,10 +49,17 @@ __all__ = [
     "ClipExamples",
     "DeepGradientCompression",
     "Defense",
+    "Freeze",
     "GaussianNoise",
+    "InputNoise",
     "LaplaceNoise",
+    "LargerBatch",
+    "LocalSteps",
+    "MixUp",
     "Quantise",
     "RandomK",
+    "SecureAggregation",
+    "Soteria",
     "TopK",
     "adapt",
     "apply",

@@ -49,6 +49,11 @@ class Defense(ABC):
         may live in the function returned."""
         return self.wrap(client, generator)
 
+    def poisson_rate(self, round: Round) -> float | None:
+        """Probability with which each of a client's own examples takes part in a local step, each independently
+        drawn by the defense itself; None where batches follow one after the other as the round says."""
+        return None
+
     def epsilon(self, *, sample_rate: float, steps: int, delta: float) -> float | None:
         """Epsilon of differential privacy at `delta` after `steps` updates, each of a share `sample_rate` in (0, 1]
         of the client's data; None where the defense guarantees nothing."""

@@ -100,7 +100,8 @@ class Quantise(Defense):
         """How far from `observed` the number may have been that was rounded to it."""
         if self.to in SHORT_FLOATS:
             kind = torch.finfo(SHORT_FLOATS[self.to])
-            return (observed.abs() * kind.eps / 2).clamp_min(kind.smallest_normal * kind.eps / 2)
+            power = torch.ldexp(torch.ones_like(observed), observed.frexp().exponent - 1)
+            return (power * kind.eps / 2).clamp_min(kind.smallest_normal * kind.eps / 2)
         step = self._step(observed).expand_as(observed)
         return (step if self.rounding == "stochastic" else step / 2).clone()
 

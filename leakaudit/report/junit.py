@@ -21,8 +21,8 @@ def junit_xml(result: SweepResult) -> str:
     """The document as text, UTF-8 declared; valid under the schema of Jenkins' xUnit plugin (junit-10).
 
     A cell that breaks the policy is a failure; one that proves nothing, with failed runs or without a
-    control that passed, an error; accepted leakage, and leakage under the policy `never`, is skipped, so
-    that it never looks like a pass.
+    control that passed, an error; accepted leakage, and what the gate does not count, is skipped, so that it
+    never looks like a pass.
     """
     root = ET.Element("testsuites", name="leakaudit", time=_seconds(result.cells))
     for protocol in dict.fromkeys(cell.protocol for cell in result.cells):
@@ -79,7 +79,8 @@ def _finding(result: SweepResult, cell: Cell) -> tuple[str, str, str] | None:
     if outcome == "inconclusive":
         return "error", "inconclusive", f"Inconclusive: {first}"
     if outcome == "reported":
-        return "skipped", NEVER, f"Leaks, but the policy is {NEVER}: {first}"
+        why = f"the policy is {NEVER}" if result.gate.policy == NEVER else "the gate does not count this cell"
+        return "skipped", "reported", f"{cell.verdict.capitalize()}, but {why}: {first}"
     entry = acceptance(cell, result.gate)
     if entry is not None:
         why = f": {entry.reason}" if entry.reason else ""

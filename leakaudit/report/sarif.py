@@ -15,6 +15,7 @@ from leakaudit import __version__
 from leakaudit.gate import Standing, acceptance, crossed, deciding_scores, policy_of, standing
 from leakaudit.policy import Policy, Threshold
 from leakaudit.report.words import metric_name, plain_number
+from leakaudit.results import NEVER
 from leakaudit.sweep_results import Acceptance, Cell, SweepResult
 
 SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
@@ -24,8 +25,8 @@ LEVELS: dict[Standing, str] = {
     "reported": "note",
     "inconclusive": "warning",
 }
-"""Cells that pass have no result.  An inconclusive audit is a problem of kind "fail": the kinds "open" and
-"review" may not have a level (3.27.10), and without one code scanning shows nothing."""
+"""Cells that pass, or that the gate does not count, have no result.  An inconclusive audit is a problem of kind
+"fail": the kinds "open" and "review" may not have a level (3.27.10), and code scanning shows nothing without."""
 PROVEN, INCONCLUSIVE = "leakage-proven", "inconclusive"
 TEXT_FILES = frozenset({".toml", ".json", ".yaml", ".yml", ".py"})
 
@@ -72,7 +73,7 @@ def sarif(result: SweepResult, artifact: str | None = None) -> dict[str, Any]:
 
 def _results(result: SweepResult, cell: Cell, policy: Policy) -> Iterator[dict[str, Any]]:
     outcome = standing(cell, result.gate)
-    if outcome == "passed":
+    if outcome == "passed" or (outcome == "reported" and not _noted(result, cell)):
         return
     if outcome == "inconclusive":
         text = f"Inconclusive: {cell.name}. {' '.join(cell.reasons)}"
@@ -88,6 +89,11 @@ def _results(result: SweepResult, cell: Cell, policy: Policy) -> Iterator[dict[s
     if not over:
         text = f"Leaks: {cell.name}. {' '.join(cell.reasons)}"
         yield _result(PROVEN, LEVELS[outcome], text, cell, entry)
+
+
+def _noted(result: SweepResult, cell: Cell) -> bool:
+    """Leakage under `never` is worth a note; the undefended rows of a gate that counts are not."""
+    return result.gate.policy == NEVER and cell.verdict == "leaks"
 
 
 def _result(rule: str, level: str, text: str, cell: Cell, entry: Acceptance | None = None) -> dict[str, Any]:
@@ -175,7 +181,7 @@ def _by_rule(thresholds: Iterable[Threshold]) -> dict[str, Threshold]:
 def _place(path: str) -> dict[str, Any]:
     """The file as a URI; its first line, where it has lines."""
     pure = PurePath(path)
-    uri = pure.as_uri() if pure.is_absolute() else quote(pure.as_posix())
+    uri = pure.as_uri() if pure.is_absolute() else quote(pure.as_posix(), errors="replace")
     place: dict[str, Any] = {"artifactLocation": {"uri": uri}}
     if pure.suffix.lower() in TEXT_FILES:
         place["region"] = {"startLine": 1}

@@ -27,7 +27,7 @@ COLUMNS = ("Protocol", "Defense", "Attack", "Oblivious", "Adaptive", "Accuracy",
 WORDS: dict[Standing, str] = {
     "broken": "**LEAKS**",
     "accepted": "leaks (accepted)",
-    "reported": "leaks",
+    "reported": "not counted",
     "inconclusive": "inconclusive",
     "passed": "not recovered",
 }
@@ -169,7 +169,8 @@ def _outcome(result: SweepResult, policy: Policy, cell: Cell | None) -> str:
     scores = deciding_scores(cell, policy, result.gate.quantile)
     by_metric = {t.metric: scores[str(t)] for t in policy.thresholds if str(t) in scores}
     parts = ", ".join(f"{metric} {plain_number(score)}" for metric, score in by_metric.items())
-    word = WORDS[standing(cell, result.gate)]
+    outcome = standing(cell, result.gate)
+    word = WORDS[outcome] if outcome != "reported" else f"{cell.verdict} (not counted)"
     return f"{word}, {parts}" if parts else word
 
 

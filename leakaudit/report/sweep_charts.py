@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from leakaudit.policy import Policy
 from leakaudit.report import words
@@ -13,13 +14,14 @@ from leakaudit.report.charts import Tick
 from leakaudit.report.sweep_summary import (
     Pair,
     Rate,
-    Row,
     Yardstick,
     accuracy_text,
     bounds_of,
     epsilon_of,
+    has_accuracy,
     label_of,
     rows_of,
+    strength_of,
     success_rate,
     utility_of,
     worst_score,
@@ -89,6 +91,7 @@ class Listed:
     link: str
     score: str
     accuracy: str
+    interval: str
     epsilon: str
     frontier: bool
 
@@ -261,6 +264,7 @@ def _utility_plot(result: SweepResult, yard: Yardstick, protocol: str) -> Plot |
                 point.cell.defense,
                 link,
                 yard.write(point.score),
+                words.percent(point.accuracy),
                 accuracy_text(point.utility),
                 words.number(epsilon),
                 number - 1 in frontier,
@@ -303,7 +307,7 @@ def _utility_points(result: SweepResult, yard: Yardstick, protocol: str) -> tupl
         scored = [(i, score) for i in indices if (score := worst_score(result.cells[i], yard)) is not None]
         adaptive = [item for item in scored if result.cells[item[0]].adversary == "adaptive"]
         utility = utility_of(result, result.cells[indices[0]])
-        if not scored or utility is None or utility.accuracy is None:
+        if not scored or utility is None or utility.accuracy is None or not has_accuracy(utility):
             missing.append(defense)
             continue
         index, score = max(adaptive or scored, key=lambda item: yard.leakage(item[1]))
@@ -383,7 +387,7 @@ def _gap(result: SweepResult, yard: Yardstick, pair: Pair) -> _Gap | None:
 
 
 def _gap_plot(result: SweepResult, yard: Yardstick, title: str, gaps: Sequence[_Gap], axis: Axis) -> Plot:
-    height = TOP + ROW_HEIGHT * len(gaps) + BOTTOM
+    height = TOP + ROW_HEIGHT * len(gaps) + 6 + BOTTOM
     strokes = _threshold_stroke(yard, axis, vertical=True, length=height - BOTTOM)
     marks, notes = [], []
     for place, gap in enumerate(gaps):
@@ -418,84 +422,142 @@ def shorten(text: str, most: int) -> str:
 # bounds on the axes of attacks
 
 
+@dataclass(frozen=True)
+class _Swept:
+    """One cell of a family whose strength is a number."""
+
+    index: int
+    cell: Cell
+    strength: float
+
+    @property
+    def look(self) -> str:
+        return "full" if self.cell.adversary == "adaptive" else "ring"
+
+    @property
+    def shift(self) -> float:
+        """Keeps the two adversaries from hiding each other."""
+        return 4.5 if self.cell.adversary == "adaptive" else -4.5
+
+
+@dataclass(frozen=True)
+class _Family:
+    """All strengths of one family under one protocol, by all attacks."""
+
+    title: str
+    option: str
+    cells: list[_Swept]
+
+    @property
+    def strengths(self) -> list[float]:
+        return sorted({item.strength for item in self.cells})
+
+
+def _swept(result: SweepResult) -> list[_Family]:
+    families: dict[tuple[str, str, str], list[_Swept]] = {}
+    for row in rows_of(result.cells):
+        for pair in row.pairs:
+            for index in (pair.oblivious, pair.adaptive):
+                strength = None if index is None else strength_of(result.cells[index])
+                if index is not None and strength is not None:
+                    key = (row.protocol, row.defense, strength[0])
+                    families.setdefault(key, []).append(_Swept(index, result.cells[index], strength[1]))
+    return [
+        _Family(f"{defense} · {protocol}", option.replace("_", " "), cells)
+        for (protocol, defense, option), cells in families.items()
+    ]
+
+
 def error_plots(result: SweepResult) -> list[Plot]:
     """Mean squared error of attacks with what theory says of it, one chart a protocol and family."""
-    targets: dict[tuple[str, str], list[Row]] = {}
-    for row in rows_of(result.cells):
-        if row.option is not None:
-            targets.setdefault((row.protocol, row.defense), []).append(row)
-    plots = [_error_plot(result, rows) for rows in targets.values()]
+    plots = (_error_plot(result, family) for family in _swept(result))
     return [plot for plot in plots if plot is not None]
 
 
-def _error_plot(result: SweepResult, rows: Sequence[Row]) -> Plot | None:
-    cells = [
-        (index, result.cells[index])
-        for row in rows
-        for pair in row.pairs
-        for index in (pair.oblivious, pair.adaptive)
-        if index is not None
-    ]
-    curves = _error_bounds(result, [cell for _, cell in cells])
-    runs = {index: errors for index, cell in cells if (errors := run_errors(cell))}
+def _error_plot(result: SweepResult, family: _Family) -> Plot | None:
+    curves = _error_curves(result, family)
+    runs = [(item, errors) for item in family.cells if (errors := run_errors(item.cell))]
     if not curves or not runs:
         return None
-    option = rows[0].option or "strength"
-    strengths = [cell.strength[1] for _, cell in cells if cell.strength is not None]
-    values = [v for errors in runs.values() for v in errors] + [v for c in curves.values() for _, v in c]
-    x = log_axis(strengths, LEFT, WIDTH - RIGHT)
+    values = [error for _, errors in runs for error in errors]
+    values += [value for curve in curves for _, value in curve.points]
+    x = log_axis(family.strengths, LEFT, WIDTH - RIGHT)
     y = log_axis(values, HEIGHT - BOTTOM, TOP)
-    strokes = [
-        Stroke(
-            " ".join(f"{x.at(strength)},{y.at(value)}" for strength, value in curve),
-            f"{kind} {'second' if 'bayes' in name else ''}",
-            f"{name} ({kind})",
-        )
-        for (name, kind), curve in curves.items()
-    ]
-    marks = [
-        Mark(x.at(strength), y.at(value), f"{kind} {'second' if 'bayes' in name else ''}",
-             f"{name} ({kind}) at {option} {words.number(strength)}: MSE {words.number(value)}", radius=2)
-        for (name, kind), curve in curves.items()
-        for strength, value in curve
-    ]  # fmt: skip
-    for index, errors in runs.items():
-        cell = result.cells[index]
-        assert cell.strength is not None
-        look = "full" if cell.adversary == "adaptive" else "ring"
-        place = x.at(cell.strength[1]) + (4 if cell.adversary == "adaptive" else -4)
-        told = f"{cell.attack}, {cell.adversary}, {label_of(cell)}: MSE {words.number(min(errors))}"
-        told += (
-            f" to {words.number(max(errors))} in {words.plural(len(errors), 'run')}"
-            if len(errors) > 1
-            else ""
-        )
+    strokes = [curve.stroke(x, y) for curve in curves]
+    marks = [mark for curve in curves for mark in curve.marks(x, y)]
+    for item, errors in runs:
+        place = x.at(item.strength) + item.shift
         strokes.append(Stroke(f"{place},{y.at(min(errors))} {place},{y.at(max(errors))}", "range"))
-        marks += [Mark(place, y.at(error), look, told, link=f"cell-{index}", radius=3.5) for error in errors]
+        told, link = _errors_told(item, errors), f"cell-{item.index}"
+        marks += [Mark(place, y.at(error), item.look, told, link=link, radius=3.5) for error in errors]
+    names = ", ".join(f"{curve.name} ({curve.kind})" for curve in curves)
     return Plot(
-        title=f"{rows[0].defense} · {rows[0].protocol}",
-        description=f"{rows[0].defense}: mean squared error of attacks against {option}, "
-        f"with {', '.join(f'{name} ({kind})' for name, kind in curves)}",
-        x_ticks=_strength_ticks(x, strengths),
+        title=family.title,
+        description=f"{family.title}: mean squared error of attacks against {family.option}, with {names}",
+        x_ticks=_strength_ticks(x, family.strengths),
         y_ticks=y.ticks(),
-        x_label=option.replace("_", " "),
+        x_label=family.option,
         y_label="MSE per pixel (down: leaks more)",
         strokes=strokes,
         marks=marks,
         keys=[
-            Key("ring", "oblivious attack, a run a point"),
+            Key("ring", "oblivious attack, a point a run"),
             Key("full", "adaptive attack"),
-            *(
-                Key(f"{kind} {'second' if 'bayes' in name else ''}", f"{name}: {kind}", line=True)
-                for name, kind in curves
-            ),
+            *(Key(curve.look, f"{curve.name}: {curve.kind}", line=True) for curve in curves),
         ],
     )
 
 
+def _errors_told(item: _Swept, errors: Sequence[float]) -> str:
+    least, most = words.number(min(errors)), words.number(max(errors))
+    spread = f"{least} to {most} in {len(errors)} runs" if len(errors) > 1 else least
+    return f"{item.cell.attack}, {item.cell.adversary}, {label_of(item.cell)}: MSE {spread}"
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """What theory says of every strength."""
+
+    name: str
+    kind: str
+    points: list[tuple[float, float]]
+
+    @property
+    def look(self) -> str:
+        return f"{self.kind} second" if "bayes" in self.name else self.kind
+
+    def stroke(self, x: Axis, y: Axis) -> Stroke:
+        return Stroke(_line(x, y, self.points), self.look, f"{self.name} ({self.kind})")
+
+    def marks(self, x: Axis, y: Axis) -> list[Mark]:
+        return [
+            Mark(
+                x.at(strength),
+                y.at(value),
+                self.look,
+                f"{self.name} ({self.kind}): {words.number(value)}",
+                radius=2,
+            )
+            for strength, value in self.points
+        ]
+
+
+def _line(x: Axis, y: Axis, points: Iterable[tuple[float, float]]) -> str:
+    return " ".join(f"{x.at(first)},{y.at(second)}" for first, second in points)
+
+
+def _error_curves(result: SweepResult, family: _Family) -> list[_Curve]:
+    curves: dict[tuple[str, str], dict[float, float]] = {}
+    for item in family.cells:
+        for bound in bounds_of(result, item.cell):
+            if bound.quantity == "mse" and bound.value is not None and math.isfinite(bound.value):
+                curves.setdefault((bound.name, bound.kind), {})[item.strength] = bound.value
+    return [_Curve(name, kind, sorted(points.items())) for (name, kind), points in curves.items()]
+
+
 def _strength_ticks(axis: Axis, strengths: Iterable[float]) -> list[Tick]:
-    """Every strength where they fit, powers of ten otherwise."""
-    ticks = [Tick(axis.at(value), words.number(value)) for value in sorted(set(strengths))]
+    """Every strength where they fit, round numbers otherwise."""
+    ticks = [Tick(axis.at(value), words.number(value)) for value in strengths]
     apart = all(b.place - a.place >= 34 for a, b in itertools.pairwise(ticks))
     return ticks if apart else axis.ticks()
 
@@ -512,166 +574,129 @@ def run_errors(cell: Cell) -> list[float]:
 
 def _squared_error(scores: dict[str, float | None]) -> float | None:
     error, psnr = scores.get("mse"), scores.get("psnr")
-    if error is None and psnr is not None and not math.isnan(psnr):
-        return 10 ** (-psnr / 10)
+    if error is None and psnr is not None and psnr > -100:
+        error = 10 ** (-psnr / 10)
     return error if error is not None and math.isfinite(error) else None
-
-
-def _error_bounds(
-    result: SweepResult, cells: Iterable[Cell]
-) -> dict[tuple[str, str], list[tuple[float, float]]]:
-    """(name, kind) -> (strength, mean squared error), by strength."""
-    curves: dict[tuple[str, str], dict[float, float]] = {}
-    for cell in cells:
-        for bound in bounds_of(result, cell):
-            drawable = bound.value is not None and math.isfinite(bound.value) and bound.quantity == "mse"
-            if drawable and bound.value is not None and cell.strength is not None:
-                curves.setdefault((bound.name, bound.kind), {})[cell.strength[1]] = bound.value
-    return {name: sorted(curve.items()) for name, curve in curves.items()}
 
 
 # differential privacy: noise, epsilon, attack, bound and accuracy together
 
 
 def privacy_plots(result: SweepResult, policy: Policy | None) -> list[Plot]:
-    """Success of attacks, what theory allows, accuracy and epsilon, one chart a protocol and family."""
-    targets: dict[tuple[str, str], list[Row]] = {}
-    for row in rows_of(result.cells):
-        if row.option is not None:
-            targets.setdefault((row.protocol, row.defense), []).append(row)
-    plots = [_privacy_plot(result, rows, policy) for rows in targets.values()]
+    """Success of attacks, what theory allows, accuracy and epsilon, one chart a protocol and family.
+
+    For families with an epsilon, or with a bound on the probability of success, somewhere.
+    """
+    plots = (_privacy_plot(result, family, policy) for family in _swept(result))
     return [plot for plot in plots if plot is not None]
 
 
-def _privacy_plot(result: SweepResult, rows: Sequence[Row], policy: Policy | None) -> Plot | None:
-    cells = {
-        index: result.cells[index]
-        for row in rows
-        for pair in row.pairs
-        for index in (pair.oblivious, pair.adaptive)
-        if index is not None
-    }
-    epsilons = {
-        c.strength[1]: e for c in cells.values() if c.strength and (e := epsilon_of(result, c)) is not None
-    }
-    bounds = _probabilities(result, cells.values())
-    if not epsilons and not bounds:
+def _privacy_plot(result: SweepResult, family: _Family, policy: Policy | None) -> Plot | None:
+    epsilons = {item.strength: epsilon_of(result, item.cell) for item in family.cells}
+    bounds = _probabilities(result, family)
+    if not bounds and not any(epsilon is not None for epsilon in epsilons.values()):
         return None
-    strengths = sorted({cell.strength[1] for cell in cells.values() if cell.strength is not None})
-    x = linear_axis(strengths, LEFT, WIDTH - RIGHT, 0.08)
+    x = linear_axis(family.strengths, LEFT, WIDTH - RIGHT, 0.08)
     y = Axis(0.0, 100.0, HEIGHT - BOTTOM, TOP + 22)
-    strokes: list[Stroke] = []
-    marks: list[Mark] = []
-    if bounds:
-        line = " ".join(
-            f"{x.at(strength)},{y.at(100 * b.value)}" for strength, b in bounds if b.value is not None
-        )
-        strokes.append(Stroke(line, "bound", "bound on the success of any adversary"))
-        marks += [_bound_mark(x, y, strength, bound) for strength, bound in bounds]
-    accuracies = _accuracies(result, cells.values())
-    if accuracies:
-        line = " ".join(f"{x.at(strength)},{y.at(100 * (u.accuracy or 0.0))}" for strength, u in accuracies)
-        strokes.append(Stroke(line, "accuracy", "held-out accuracy"))
-        for strength, utility in accuracies:
-            strokes += _accuracy_whisker(x, y, strength, utility)
-            told = f"accuracy {accuracy_text(utility)} at {words.number(strength)}"
-            marks.append(
-                Mark(x.at(strength), y.at(100 * (utility.accuracy or 0.0)), "accuracy", told, radius=3.5)
-            )
-    for index, cell in cells.items():
-        found = success_rate(cell, policy)
-        if found is not None and cell.strength is not None:
-            shift = 5 if cell.adversary == "adaptive" else -5
-            look = "full" if cell.adversary == "adaptive" else "ring"
-            place = x.at(cell.strength[1]) + shift
-            strokes.append(
-                Stroke(f"{place},{y.at(100 * found.low)} {place},{y.at(100 * found.high)}", "range")
-            )
-            marks.append(Mark(place, y.at(100 * found.share), look, _told(cell, found), link=f"cell-{index}"))
-    notes = [
-        Note(x.at(s), TOP + 8, words.number(e, 2), "middle") for s, e in _spread(x, sorted(epsilons.items()))
-    ]
-    if notes:
-        notes.append(Note(LEFT - 8, TOP + 8, "ε", "end"))
-    title = f"{rows[0].defense} · {rows[0].protocol}"
-    option = (rows[0].option or "strength").replace("_", " ")
+    accuracies = _accuracies(result, family)
+    strokes, marks = _allowed(x, y, bounds)
+    for drawn in (_trained(x, y, accuracies), _reached(x, y, family, policy)):
+        strokes += drawn[0]
+        marks += drawn[1]
     return Plot(
-        title=title,
-        description=f"{title}: success of attacks, its bound, accuracy and epsilon against {option}",
-        x_ticks=_strength_ticks(x, strengths),
+        title=family.title,
+        description=f"{family.title}: success of attacks, its bound, accuracy and epsilon against {family.option}",
+        x_ticks=_strength_ticks(x, family.strengths),
         y_ticks=y.ticks(),
-        x_label=option,
-        y_label="% of examples, or accuracy",
+        x_label=family.option,
+        y_label="% of examples, or accuracy in %; ε above",
         strokes=strokes,
         marks=marks,
-        notes=notes,
+        notes=_epsilon_notes(x, epsilons),
         keys=[
             Key("ring", "oblivious attack breaks the policy, 95 % Wilson interval"),
             Key("full", "adaptive attack"),
             *([Key("bound", "bound: no adversary succeeds more often", line=True)] if bounds else []),
             *([Key("accuracy", "held-out accuracy", line=True)] if accuracies else []),
         ],
-        remarks=_stated(bounds),
+        remarks=_stated([bound for _, bound in bounds]),
     )
 
 
-def _told(cell: Cell, found: Rate) -> str:
-    interval = f"95 % interval {words.percent(found.low)} to {words.percent(found.high)}"
-    return (
-        f"{cell.attack}, {cell.adversary}, {label_of(cell)}: {found.successes} of {found.trials} ({interval})"
-    )
+_Drawn: TypeAlias = tuple[list[Stroke], list[Mark]]
 
 
-def _probabilities(result: SweepResult, cells: Iterable[Cell]) -> list[tuple[float, Bound]]:
-    found: dict[float, Bound] = {}
-    for cell in cells:
-        for bound in bounds_of(result, cell):
-            certain = bound.quantity == "probability" and bound.kind == "bound"
-            if (
-                certain
-                and bound.value is not None
-                and math.isfinite(bound.value)
-                and cell.strength is not None
-            ):
-                found.setdefault(cell.strength[1], bound)
-    return sorted(found.items(), key=lambda item: item[0])
+def _allowed(x: Axis, y: Axis, bounds: Sequence[tuple[float, Bound]]) -> _Drawn:
+    """The greatest probability of success."""
+    shares = [(strength, 100 * (bound.value or 0.0)) for strength, bound in bounds]
+    marks = [
+        Mark(x.at(strength), y.at(100 * (bound.value or 0.0)), "bound",
+             f"bound: {words.percent(bound.value or 0.0)}; {bound.text}", radius=2.5)
+        for strength, bound in bounds
+    ]  # fmt: skip
+    return ([Stroke(_line(x, y, shares), "bound", "bound on any adversary")] if shares else []), marks
 
 
-def _accuracies(result: SweepResult, cells: Iterable[Cell]) -> list[tuple[float, Utility]]:
-    found = {
-        cell.strength[1]: utility
-        for cell in cells
-        if cell.strength is not None
-        and (utility := utility_of(result, cell)) is not None
-        and utility.accuracy is not None
-    }
-    return sorted(found.items(), key=lambda item: item[0])
-
-
-def _bound_mark(x: Axis, y: Axis, strength: float, bound: Bound) -> Mark:
-    share = bound.value or 0.0
-    return Mark(
-        x.at(strength), y.at(100 * share), "bound", f"bound: {words.percent(share)}; {bound.text}", radius=2.5
-    )
-
-
-def _accuracy_whisker(x: Axis, y: Axis, strength: float, utility: Utility) -> list[Stroke]:
-    if utility.low is None or utility.high is None:
-        return []
-    place = x.at(strength)
-    return [
-        Stroke(f"{place},{y.at(100 * utility.low)} {place},{y.at(100 * utility.high)}", "whisker accuracy")
+def _trained(x: Axis, y: Axis, accuracies: Sequence[tuple[float, Utility]]) -> _Drawn:
+    """Accuracy with its interval."""
+    shares = [(strength, 100 * (utility.accuracy or 0.0)) for strength, utility in accuracies]
+    strokes = [Stroke(_line(x, y, shares), "accuracy", "held-out accuracy")] if shares else []
+    for strength, utility in accuracies:
+        if utility.low is not None and utility.high is not None:
+            ends = [(strength, 100 * utility.low), (strength, 100 * utility.high)]
+            strokes.append(Stroke(_line(x, y, ends), "whisker accuracy"))
+    marks = [
+        Mark(x.at(strength), y.at(share), "accuracy", f"accuracy {accuracy_text(utility)}", radius=3.5)
+        for (strength, share), (_, utility) in zip(shares, accuracies, strict=True)
     ]
+    return strokes, marks
 
 
-def _spread(x: Axis, items: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Those whose words do not run into each other."""
-    kept: list[tuple[float, float]] = []
-    for strength, value in items:
-        if not kept or x.at(strength) - x.at(kept[-1][0]) >= 30:
-            kept.append((strength, value))
-    return kept
+def _reached(x: Axis, y: Axis, family: _Family, policy: Policy | None) -> _Drawn:
+    """How often attacks broke the policy."""
+    strokes, marks = [], []
+    for item in family.cells:
+        found = success_rate(item.cell, policy)
+        if found is not None:
+            place = x.at(item.strength) + item.shift
+            interval = f"{place},{y.at(100 * found.low)} {place},{y.at(100 * found.high)}"
+            strokes.append(Stroke(interval, "range"))
+            told, link = _rate_told(item, found), f"cell-{item.index}"
+            marks.append(Mark(place, y.at(100 * found.share), item.look, told, link=link))
+    return strokes, marks
 
 
-def _stated(bounds: Sequence[tuple[float, Bound]]) -> list[str]:
-    return list(dict.fromkeys(f"{bound.source}: {'; '.join(bound.assumptions)}" for _, bound in bounds))[:3]
+def _rate_told(item: _Swept, found: Rate) -> str:
+    interval = f"95 % interval {words.percent(found.low)} to {words.percent(found.high)}"
+    who = f"{item.cell.attack}, {item.cell.adversary}, {label_of(item.cell)}"
+    return f"{who}: {found.successes} of {found.trials} ({interval})"
+
+
+def _probabilities(result: SweepResult, family: _Family) -> list[tuple[float, Bound]]:
+    found: dict[float, Bound] = {}
+    for item in family.cells:
+        for bound in bounds_of(result, item.cell):
+            certain = bound.quantity == "probability" and bound.kind == "bound"
+            if certain and bound.value is not None and math.isfinite(bound.value):
+                found.setdefault(item.strength, bound)
+    return sorted(found.items(), key=lambda entry: entry[0])
+
+
+def _accuracies(result: SweepResult, family: _Family) -> list[tuple[float, Utility]]:
+    found = {item.strength: utility_of(result, item.cell) for item in family.cells}
+    measured = [(strength, utility) for strength, utility in found.items() if utility is not None]
+    return sorted(((s, u) for s, u in measured if has_accuracy(u)), key=lambda entry: entry[0])
+
+
+def _epsilon_notes(x: Axis, epsilons: Mapping[float, float | None]) -> list[Note]:
+    """Epsilon above its strength, where the words do not run into each other."""
+    notes: list[Note] = []
+    for strength, epsilon in sorted(epsilons.items()):
+        place = x.at(strength)
+        if not notes or place - notes[-1].x >= 30:
+            notes.append(Note(place, TOP + 8, "∞" if epsilon is None else words.number(epsilon, 2), "middle"))
+    return [*notes, Note(LEFT - 8, TOP + 8, "ε", "end")]
+
+
+def _stated(bounds: Sequence[Bound]) -> list[str]:
+    return list(dict.fromkeys(f"{bound.source}: {'; '.join(bound.assumptions)}" for bound in bounds))[:3]

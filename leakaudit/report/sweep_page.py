@@ -149,6 +149,7 @@ class CellView:
     state: State
     scores: list[Amount]
     accuracy: Amount
+    accuracy_interval: str
     epsilon: Amount
     bound: Amount
     success: Rate | None
@@ -272,9 +273,9 @@ class _Reports:
 
 
 def _columns(result: SweepResult, yard: Yardstick) -> list[str]:
-    """Metrics worth a column: those of the policy, then those measured."""
+    """Metrics worth a column: those of the policy, or those measured when it names none."""
     policy = policy_of(result)
-    wanted = [yard.metric, *(policy.metrics if policy else ()), *result.metrics]
+    wanted = [yard.metric, *(policy.metrics if policy else result.metrics)]
     return list(dict.fromkeys(wanted))[:MAX_COLUMNS]
 
 
@@ -398,7 +399,8 @@ def _cell_view(
         cell=cell,
         state=state_of(cell),
         scores=[_worst_amount(cell.scores(metric), metric, result) for metric in metrics],
-        accuracy=Amount(accuracy_text(utility), utility.accuracy if utility else None),
+        accuracy=_accuracy(utility),
+        accuracy_interval=accuracy_text(utility),
         epsilon=Amount(words.number(epsilon), epsilon),
         bound=Amount(bound_text(bound), bound.value if bound else None),
         success=success_rate(cell, policy_of(result)),
@@ -410,6 +412,11 @@ def _cell_view(
         strip_run=strip[0],
         bounds=bounds_of(result, cell),
     )
+
+
+def _accuracy(utility: Utility | None) -> Amount:
+    known = None if utility is None else utility.accuracy
+    return Amount(words.MISSING if known is None else words.percent(known), known)
 
 
 def _worst_amount(scores: Sequence[float], metric: str, result: SweepResult) -> Amount:

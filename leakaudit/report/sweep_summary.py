@@ -182,7 +182,7 @@ def rows_of(cells: Sequence[Cell]) -> list[Row]:
     rows = []
     for (protocol, attack, family, base), targets in groups.items():
         ordered = sorted(targets.values(), key=lambda indices: _strength_rank(cells[indices[0]]))
-        strength = cells[ordered[0][0]].strength
+        strength = strength_of(cells[ordered[0][0]])
         rows.append(
             Row(
                 protocol=protocol,
@@ -203,26 +203,34 @@ def _pair(cells: Sequence[Cell], indices: list[int]) -> Pair:
     return Pair(label_of(cells[indices[0]]), first("oblivious"), first("adaptive"))
 
 
+def strength_of(cell: Cell) -> tuple[str, float] | None:
+    """The option that is swept and its value; None also for a value that is no number to draw."""
+    return cell.strength if cell.strength is not None and math.isfinite(cell.strength[1]) else None
+
+
 def base_of(cell: Cell) -> str:
     """The defense's spec without the option that is swept."""
-    if cell.strength is None:
+    strength = strength_of(cell)
+    if strength is None:
         return cell.defense
-    option = rf"(?<=[:,]){re.escape(cell.strength[0])}\s*=[^,+]*,?"
+    option = rf"(?<=[:,]){re.escape(strength[0])}\s*=[^,+]*,?"
     return re.sub(r"[:,](?=\+|$)", "", re.sub(option, "", cell.defense))
 
 
 def label_of(cell: Cell) -> str:
     """The strength, or the whole spec where there is none."""
-    if cell.strength is None:
+    strength = strength_of(cell)
+    if strength is None:
         return cell.defense
-    name, value = cell.strength
+    name, value = strength
     return f"{name.replace('_', ' ')} {words.number(value)}"
 
 
 def _strength_rank(cell: Cell) -> float:
-    if cell.strength is None or math.isnan(cell.strength[1]):
+    strength = strength_of(cell)
+    if strength is None:
         return 0.0
-    name, value = cell.strength
+    name, value = strength
     return -value if name in SMALLER_IS_STRONGER else value
 
 
@@ -276,6 +284,12 @@ def accuracy_text(utility: Utility | None) -> str:
     if utility.low is None or utility.high is None:
         return text
     return f"{text} ({100 * utility.low:.1f} to {100 * utility.high:.1f})"
+
+
+def has_accuracy(utility: Utility) -> bool:
+    """Whether there are numbers to draw: the accuracy and, where there are any, the ends of its interval."""
+    ends = (utility.low or 0.0, utility.high or 0.0)
+    return utility.accuracy is not None and all(map(math.isfinite, (utility.accuracy, *ends)))
 
 
 def success_rate(cell: Cell, policy: Policy | None) -> Rate | None:

@@ -93,7 +93,7 @@ class TrackedClient:
         if round.clients > 1:
             return mean_update(self, victim, params, round, x, y)
         # a transform would write tensors that do not outlive it
-        if not victim.batch_norms() or torch._C._are_functorch_transforms_active():
+        if torch._C._are_functorch_transforms_active():
             return client_update(victim, params, round, x, y)
         moving = _copied(victim)
         with _moving_statistics(victim.module):
@@ -101,19 +101,17 @@ class TrackedClient:
         self._shared.append(moving.buffers)
         return update
 
-    def collect(self, victim: Victim, examples: Examples) -> Buffers:
+    def collect(self, victim: Victim, params: Params, examples: Examples) -> Buffers:
         """The mean of what the clients shared since the last call (of a count, the first one's).
 
         A defense that makes its update without this client leaves nothing: then one forward pass of the
         examples moves the statistics.
         """
         shared, self._shared = self._shared, []
-        if not victim.batch_norms():
-            return victim.buffers
         if not shared:
             moving = _copied(victim)
             with torch.no_grad(), _moving_statistics(victim.module):
-                moving.logits(victim.params, examples.x)
+                moving.logits(params, examples.x)
             return moving.buffers
         return {
             name: torch.stack([buffers[name] for buffers in shared]).mean(0)
@@ -131,24 +129,31 @@ def train(
     examples: Examples,
     batches: Iterable[Tensor],
     momentum: float = 0.0,
-) -> Iterator[Victim]:
-    """The model after every step of the server, one for each of the batches.
+) -> Iterator[tuple[Params, Buffers]]:
+    """Parameters and buffers after every step of the server, one step for each of the batches.
 
     Args:
-        victim: the model to begin with, in train mode.
-        client: the defended client, made of `tracked`.
+        victim: the model to begin with, in train mode.  Clients are given the same object at every step unless
+            it has BatchNorm, whose buffers change, so they may keep what they make of it.
+        client: the defended client, made of `tracked` where the victim has BatchNorm.
         round: what the clients of one step do, all of them together on `round.num_examples` examples.
         batches: row numbers of the examples of every step, client after client.
         momentum: of the server, in [0, 1).
     """
+    params: Params = victim.params
     velocity: Update | None = None
+    before: Tensor | None = None
+    normalised = bool(victim.batch_norms())
     for rows in batches:
-        batch = examples.rows(rows)
-        update = client(victim, victim.params, round, batch.x, batch.y).detach()
+        if rows is not before:
+            batch, before = examples.rows(rows), rows
+        update = client(victim, params, round, batch.x, batch.y).detach()
+        if normalised:
+            victim = replace(victim, buffers=tracked.collect(victim, params, batch))
         velocity = update if velocity is None or not momentum else momentum * velocity + update
-        moved = {name: victim.params[name] - round.learning_rate * step for name, step in velocity.items()}
-        victim = replace(victim, params={**victim.params, **moved}, buffers=tracked.collect(victim, batch))
-        yield victim
+        moved = {name: params[name] - round.learning_rate * step for name, step in velocity.items()}
+        params = {**params, **moved}
+        yield params, victim.buffers
 
 
 def accuracy(victim: Victim, examples: Examples, chunk: int = 256) -> float:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from itertools import repeat
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,9 +18,9 @@ from leakaudit.defenses import Defense
 from leakaudit.errors import InputError
 from leakaudit.formats.phrases import counted
 from leakaudit.media import medium_of
-from leakaudit.models.victim import Victim
+from leakaudit.models.victim import Params, Victim
 from leakaudit.randomness import fork
-from leakaudit.rounds import ClientUpdate, Round
+from leakaudit.rounds import ClientUpdate, Round, client_update
 from leakaudit.sweep.curves import read_curves, summary
 from leakaudit.sweep.federated_training import Examples, TrackedClient, accuracy, shuffled, split, train
 from leakaudit.sweep_results import Curve, Utility
@@ -36,6 +37,8 @@ _TOKEN_TASKS = {
     "mlm": "accuracy is of the masked words: share of them the model finds",
     "causal-lm": "accuracy is of the next token: share of them the model finds",
 }
+
+_SHUFFLED = "epsilon is that of Poisson-sampled batches, these were shuffled"
 
 
 @dataclass(frozen=True)
@@ -115,8 +118,9 @@ def measure_utility(
     Clients draw from one shuffled pile, so their data are alike (iid), and every example is used once an epoch.
     Equal seeds mean equal splits, batches and starts whatever the defense, so differences between
     defenses are paired.  A diverged training counts with chance, one in the number of classes.
-    Epsilon is for the stated steps at sample rate clients * batch size / examples trained on; accountants assume
-    that batches are Poisson samples, and these are shuffled.
+    Epsilon is for all local steps at sample rate clients * batch size / examples trained on.  Accountants assume
+    that batches are Poisson samples; where the defense does not sample so, batches are shuffled and the
+    reason says it.
 
     `Utility.accuracy` is None, with a reason, where fewer than 2 examples can be held out, a defense
     cannot train this model (it raises `InputError`), or the time is out before one seed is done.
@@ -153,6 +157,7 @@ def measure_utility(
         *_unfinished(runs, training),
         *_diverged(runs, training, victim),
         *([_TOKEN_TASKS[task]] if task in _TOKEN_TASKS else []),
+        *([_SHUFFLED] if spent is not None and _poisson_rate(chain, plan) is None else []),
     ]
     return found.model_copy(
         update={
@@ -168,7 +173,8 @@ def measure_utility(
 
 def training_round(audited: Round, defenses: Sequence[Defense], training: Training, available: int) -> Round:
     """What the clients of one step of the training do: clients, local steps and passes over the same examples
-    as in the audited round after `Defense.round`, each local step on a batch of the training.
+    as in the audited round after `Defense.round`, each local step on a batch of the training.  For a defense that
+    samples every local batch itself (`Defense.poisson_rate`) the clients hold all there is, in equal shares.
 
     Its learning rate is also what the server multiplies the update by.
     """
@@ -177,9 +183,11 @@ def training_round(audited: Round, defenses: Sequence[Defense], training: Traini
         defended = defense.round(defended)
     enlarged = defended.batch_size if defended.batch_size > audited.batch_size else 1
     size = min(max(training.batch_size, enlarged), available)
-    batches = -(-defended.own_examples // defended.batch_size)
+    own = size * -(-defended.own_examples // defended.batch_size)
+    if _poisson_rate(defenses, defended) is not None:
+        own = max(size, available // defended.clients)
     return Round(
-        num_examples=defended.clients * batches * size,
+        num_examples=defended.clients * own,
         local_steps=defended.local_steps,
         local_batch_size=size,
         learning_rate=training.learning_rate if defended.local_steps == 1 else defended.learning_rate,
@@ -227,33 +235,55 @@ def _train_once(
         victim = defense.victim(victim)
     evaluated = victim.with_mode("eval")
     tracked = TrackedClient()
-    batches = shuffled(len(trained), round.num_examples, fork(seed, "utility/batches"))
-    client = _defended(tracked, defenses, fork(seed, "utility/defenses"))
+    batches = _batches(round, defenses, len(trained), fork(seed, "utility/batches"))
+    client = _client(victim, tracked, defenses, seed)
     points = [(0, accuracy(evaluated, held_out))]
     with _seeded_dropout(seed, victim.device):
         models = train(victim, client, tracked, round, trained, batches, training.momentum)
         for step in range(1, training.steps + 1):
             if count.late:
                 return None
-            model = next(models)
-            if not _finite(model):
+            params, buffers = next(models)
+            if not _finite(params):
                 count.step(training.steps - step + 1)
                 later = sorted(each for each in training.evaluated if each >= step)
                 chance = 1 / start.num_classes
                 curve = Curve(seed=seed, points=points + [(each, chance) for each in later])
                 return _Run(curve, diverged=step)
             if step in training.evaluated:
-                now = replace(evaluated, params=model.params, buffers=model.buffers)
+                now = replace(evaluated, params=dict(params), buffers=buffers)
                 points.append((step, accuracy(now, held_out)))
             count.step()
     return _Run(Curve(seed=seed, points=points))
 
 
-def _defended(client: ClientUpdate, defenses: Sequence[Defense], generator: torch.Generator) -> ClientUpdate:
+def _client(victim: Victim, tracked: TrackedClient, defenses: Sequence[Defense], seed: int) -> ClientUpdate:
+    """The defended client.  A defense that replaces the client's SGD (DP-SGD) accepts none but `client_update`."""
+    if victim.batch_norms():
+        with suppress(InputError):
+            return _defended(tracked, defenses, seed)
+    return _defended(client_update, defenses, seed)
+
+
+def _defended(client: ClientUpdate, defenses: Sequence[Defense], seed: int) -> ClientUpdate:
     """Wrapped as `leakaudit.defenses.apply` does, the first innermost, but for many rounds."""
+    generator = fork(seed, "utility/defenses")
     for defense in defenses:
         client = defense.training(client, generator)
     return client
+
+
+def _batches(
+    round: Round, defenses: Sequence[Defense], available: int, generator: torch.Generator
+) -> Iterator[Tensor]:
+    """Rows of every step: of the next batches, or, where a defense samples itself, all that the clients have."""
+    batches = shuffled(available, round.num_examples, generator)
+    return batches if _poisson_rate(defenses, round) is None else repeat(next(batches))
+
+
+def _poisson_rate(defenses: Sequence[Defense], round: Round) -> float | None:
+    rates = [defense.poisson_rate(round) for defense in defenses]
+    return next((rate for rate in rates if rate is not None), None)
 
 
 def _held_out(count: int, share: float) -> int:
@@ -273,8 +303,8 @@ def _seeded_dropout(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _finite(victim: Victim) -> bool:
-    return bool(torch.stack([_sum(tensor) for tensor in victim.params.values()]).isfinite().all())
+def _finite(params: Params) -> bool:
+    return bool(torch.stack([_sum(tensor) for tensor in params.values()]).isfinite().all())
 
 
 def _sum(tensor: Tensor) -> Tensor:
@@ -287,7 +317,7 @@ def _epsilon(
 ) -> tuple[float, float] | None:
     """(epsilon, delta) of the least epsilon that a defense gives; None when none does."""
     delta = training.delta or 1 / trained_on
-    rate = min(1.0, round.clients * round.batch_size / trained_on)
+    rate = _poisson_rate(defenses, round) or min(1.0, round.clients * round.batch_size / trained_on)
     steps = training.steps * round.local_steps
     spent = [each.epsilon(sample_rate=rate, steps=steps, delta=delta) for each in defenses]
     known = [epsilon for epsilon in spent if epsilon is not None]

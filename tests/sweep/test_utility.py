@@ -27,7 +27,7 @@ from leakaudit.models.spaces import NO_TOKEN
 from leakaudit.models.victim import Params, Victim
 from leakaudit.models.zoo import load_victim
 from leakaudit.randomness import fork
-from leakaudit.rounds import ClientUpdate, Round
+from leakaudit.rounds import ClientUpdate, Round, client_update, mean_update
 from leakaudit.sweep import utility
 from leakaudit.sweep.federated_training import Examples, TrackedClient, accuracy, shuffled, split, train
 from leakaudit.sweep.utility import Training, measure_utility, training_round
@@ -96,8 +96,8 @@ def trained(
 ) -> Victim:
     victim = victim_of(model, "train").to(dtype=examples.x.dtype)
     client = TrackedClient()
-    *_, last = train(victim, client, client, round, examples, batches, momentum)
-    return last
+    *_, (params, buffers) = train(victim, client, client, round, examples, batches, momentum)
+    return replace(victim, params=dict(params), buffers=buffers)
 
 
 def assert_same(victim: Victim, module: nn.Module, tolerance: float = 1e-9) -> None:
@@ -370,6 +370,62 @@ def test_epsilon_is_for_the_training_as_it_was() -> None:
     assert found.epsilon == pytest.approx(3 * 8 / 64 * 6 + 1 / 64)
     assert found.delta == 1 / 64
     assert measured(Cohort(), training=replace(SHORT, steps=1, delta=1e-5)).delta == 1e-5
+
+
+@dataclass(frozen=True)
+class Sampling(Defense):
+    """Replaces the client's SGD, as DP-SGD does, and draws its own batches."""
+
+    poisson: bool = True
+
+    def poisson_rate(self, round: Round) -> float | None:
+        return round.batch_size / round.own_examples if self.poisson else None
+
+    def epsilon(self, *, sample_rate: float, steps: int, delta: float) -> float:
+        return sample_rate * steps
+
+    def wrap(self, client: ClientUpdate, generator: torch.Generator) -> ClientUpdate:
+        if client is not client_update:
+            raise InputError("must be first")
+        victims: list[Victim] = []
+
+        def sampled(victim: Victim, params: Params, round: Round, x: Tensor, y: Tensor) -> Update:
+            if victim.batch_norms():
+                raise InputError("no BatchNorm")
+            if round.clients > 1:
+                return mean_update(sampled, victim, params, round, x, y)
+            assert all(victim is other for other in victims)
+            victims.append(victim)
+            if not self.poisson:
+                return client(victim, params, round, x, y)
+            assert len(x) == round.own_examples
+            drawn = torch.rand(len(x), generator=generator) < round.batch_size / round.own_examples
+            if not drawn.any():
+                return client(victim, params, Round(1), x[:1], y[:1]) * 0.0
+            return client(victim, params, Round(int(drawn.sum())), x[drawn], y[drawn])
+
+        return sampled
+
+
+def test_a_defense_may_replace_the_clients_training_and_sample_for_itself() -> None:
+    training = replace(SHORT, steps=120, seeds=1)
+    found = measured(Sampling(), training=training, round=Round(2, clients=2))
+    assert found.accuracy is not None
+    assert found.accuracy > 0.7
+    assert found.epsilon == pytest.approx(8 / 32 * 120)
+    assert found.reason == ""
+    assert training_round(Round(2, clients=2), [Sampling()], training, 64) == Round(64, 1, 8, 0.1, 2)
+    assert training_round(Round(1), [Sampling()], training, 5) == Round(5, 1, 5, 0.1)
+
+
+def test_shuffled_batches_are_said_to_be_when_epsilon_is_not_of_them() -> None:
+    found = measured(Sampling(poisson=False), training=replace(SHORT, steps=4))
+    assert found.epsilon == pytest.approx(4 * 8 / 64)
+    assert "shuffled" in found.reason
+
+
+def test_a_defense_that_refuses_batchnorm_says_so_itself() -> None:
+    assert measured(Sampling(), model="norm").reason == "no BatchNorm"
 
 
 def test_running_statistics_move_whoever_makes_the_update() -> None:

@@ -43,7 +43,7 @@ function open() {
   if (!fold) return;
   fold.hidden = false;
   fold.open = true;
-  fold.scrollIntoView();
+  requestAnimationFrame(() => fold.scrollIntoView({ behavior: "instant" }));
 }
 if (rows.length) {
   filters.hidden = false;

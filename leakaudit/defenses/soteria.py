@@ -1,0 +1,156 @@
+"""A disturbed representation: the gradient of one fully connected layer says less about its input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import vjp, vmap
+
+from leakaudit.defenses.base import Defense, after
+from leakaudit.defenses.pixels import require_images
+from leakaudit.errors import InputError
+from leakaudit.models.victim import Params, Victim
+from leakaudit.rounds import ClientUpdate, Round
+from leakaudit.threat import View
+from leakaudit.update import Update
+
+FEATURES_AT_ONCE = 64
+Pullback = Callable[[Tensor], tuple[Tensor]]
+
+
+@dataclass(frozen=True)
+class Soteria(Defense):
+    """The features of an example that tell most about it are left out of one layer's weight gradient.
+
+    Sun et al. 2021, section 4, "Soteria": of the representation r, the input of a fully connected layer, those
+    r_i with the largest |r_i| / |dr_i/dx| are zeroed where the layer's weight gradient (dL/dy) r^T is taken; all
+    other gradients are those of the undisturbed r.
+
+    Deviations: every example has features of its own left out, as in the paper's text (its code sums the score
+    over the batch and takes one mask for all, and adds 0.1 to r); exactly the share `prune` of the features is
+    left out (the code's threshold is a percentile); the mask is made anew in every local step.
+
+    Attributes:
+        layer: name of the fully connected layer, or "auto" for the one that makes the class scores.
+        prune: share of its input features, in (0, 1); at least one is left out.
+    """
+
+    layer: str = "auto"
+    prune: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not 0 < self.prune < 1:
+            raise ValueError(f"prune must be between 0 and 1, got {self.prune}")
+
+    def wrap(self, client: ClientUpdate, generator: torch.Generator) -> ClientUpdate:
+        def defended(victim: Victim, params: Params, round: Round, x: Tensor, y: Tensor) -> Update:
+            return client(self._perturbed(victim), params, round, x, y)
+
+        return defended
+
+    def adapt(self, view: View) -> View:
+        """Matches what the defense leaves as it was.
+
+        Of one example after one step, the columns left out are zero, which shows; the simulated ones are zeroed
+        too.  Otherwise the whole weight is left out of matching.
+        """
+        name, linear = self._layer(view.victim)
+        weight = f"{name}.weight" if name else "weight"
+        if weight not in view.observed:
+            return view
+        silent = ~view.observed[weight].any(dim=0)
+        alone = view.round.num_examples == view.round.local_steps == 1
+        if alone and int(silent.sum()) >= self._count(linear.in_features):
+            return replace(view, client=after(view.client, lambda update: _without(update, weight, silent)))
+        rest = [key for key in view.observed if key != weight]
+        if not rest:
+            return view
+        slack = None if view.slack is None else view.slack.select(rest)
+        return replace(view, observed=view.observed.select(rest), slack=slack)
+
+    def _count(self, features: int) -> int:
+        return max(1, round(self.prune * features))
+
+    def _layer(self, victim: Victim) -> tuple[str, nn.Linear]:
+        """Name and module of the defended layer; `InputError` for one that is not fully connected or not there."""
+        require_images(victim, "soteria")
+        rows = {
+            name: module
+            for name, module, inputs, _ in victim.modules_in_order()
+            if isinstance(module, nn.Linear) and inputs.dim() == 2
+        }
+        head = victim.classifier() if self.layer == "auto" else None
+        name = self.layer if head is None else head.module
+        if name not in rows:
+            raise InputError(
+                f"soteria:layer={self.layer} is no fully connected layer of model {victim.name} with one row an"
+                f" example; accepted: {', '.join(map(repr, rows)) or 'none of its layers'}"
+            )
+        return name, rows[name]
+
+    def _perturbed(self, victim: Victim) -> Victim:
+        name, linear = self._layer(victim)
+        same: dict[str, Any] = {item.name: getattr(victim, item.name) for item in fields(Victim)}
+        return _Perturbed(**same, layer=name, pruned=self._count(linear.in_features))
+
+
+@dataclass(frozen=True)
+class _Perturbed(Victim):
+    """A victim whose loss has the same value, and the same gradients but for one layer's weight."""
+
+    layer: str = ""
+    pruned: int = 1
+
+    def loss(self, params: Params, x: Tensor, y: Tensor) -> Tensor:
+        leaving_out = most_telling(self, params, x, self.layer, self.pruned)
+
+        def perturb(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            assert isinstance(module.weight, Tensor)
+            hidden = inputs[0] * leaving_out
+            through = F.linear(hidden, module.weight)
+            return output - (through - F.linear(hidden, module.weight.detach()))  # 0, but not its gradient
+
+        handle = self.module.get_submodule(self.layer).register_forward_hook(perturb)
+        try:
+            return super().loss(params, x, y)
+        finally:
+            handle.remove()
+
+
+def most_telling(victim: Victim, params: Params, x: Tensor, layer: str, count: int) -> Tensor:
+    """(B, F) ones at the `count` features r_i of every example with the largest |r_i| / |dr_i/dx|, else zeros.
+
+    r is the input of the fully connected `layer`.  A feature that is zero tells nothing and comes last.
+    """
+    fixed = {name: tensor.detach() for name, tensor in params.items()}
+
+    def representation(inputs: Tensor) -> Tensor:
+        kept: list[Tensor] = []
+        handle = victim.module.get_submodule(layer).register_forward_pre_hook(
+            lambda _, given: kept.append(given[0])
+        )
+        try:
+            victim.logits(fixed, inputs)
+        finally:
+            handle.remove()
+        return kept[0]
+
+    features, pullback = cast(tuple[Tensor, Pullback], vjp(representation, x.detach()))
+
+    def sensitivity(feature: Tensor) -> Tensor:
+        lengths: Tensor = pullback(feature.expand_as(features))[0].flatten(1).norm(dim=1)
+        return lengths
+
+    units = torch.eye(features.shape[1], dtype=features.dtype, device=features.device)
+    lengths = vmap(sensitivity, chunk_size=FEATURES_AT_ONCE)(units).T
+    scores = torch.where(features == 0, 0.0, features.abs() / lengths)
+    return torch.zeros_like(scores).scatter(1, scores.topk(count, dim=1).indices, 1.0)
+
+
+def _without(update: Update, weight: str, columns: Tensor) -> Update:
+    return Update({**update, weight: update[weight].masked_fill(columns.to(update[weight].device), 0.0)})
