@@ -39,21 +39,17 @@ class Clip(Defense):
         return update.map(lambda tensor: tensor * factor)
 
     def adapt(self, view: View) -> View:
-        """Clipping is simulated; at the bound the length says nothing.
+        """At the bound only the direction says anything, and that clipping keeps.
 
-        A shorter update was not clipped, unless something that shortens (pruning, the mean over clients)
-        came later; then clipping is simulated too, which changes nothing where there was none.
+        It is simulated too where something followed that a factor does not pass through, or that shortens
+        (pruning, the mean over clients): then a length below the bound does not show that nothing was clipped.
         """
-        length = float(view.observed.norm())
         zeros = sum(int((tensor == 0).sum()) for tensor in view.observed.values())
-        shorter = length < (1 - MARGIN) * self.max_grad_norm
-        last = view.round.clients == 1 and zeros <= NO_MASK * view.observed.numel()
-        if shorter and last:
+        if view.round.clients > 1 or zeros > NO_MASK * view.observed.numel():
+            view = replace(view, client=after(view.client, self._clip))
+        if float(view.observed.norm()) < (1 - MARGIN) * self.max_grad_norm:
             return view
-        client = after(view.client, self._clip)
-        if shorter:
-            return replace(view, client=client)
         knowledge = replace(view.knowledge, scale=known(False, f"clipped to {self.max_grad_norm:g}"))
         if view.spread:  # what was added before was scaled with the update, by a factor that nobody shared
             knowledge = replace(knowledge, noise_std=UNKNOWN)
-        return replace(view, client=client, knowledge=knowledge, spread={})
+        return replace(view, knowledge=knowledge, spread={})

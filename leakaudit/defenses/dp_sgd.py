@@ -92,6 +92,9 @@ class DPSGD(Defense):
         if self.sample_rate is not None and not 0 < self.sample_rate <= 1:
             raise ValueError(f"sample_rate must be in (0, 1], got {self.sample_rate}")
 
+    def poisson_rate(self, round: Round) -> float | None:
+        return self.rate(round) if self.poisson else None
+
     def rate(self, round: Round) -> float:
         """With `poisson`, the probability of an example to take part in a local step; else the share of one."""
         return self.sample_rate or round.batch_size / round.own_examples

@@ -179,17 +179,13 @@ class DeepGradientCompression(Defense):
         """The client that gathers `rounds` rounds and shares what `share` makes of the memory in the last."""
 
         def compressed(victim: Victim, params: Params, round: Round, x: Tensor, y: Tensor) -> Update:
-            count, rest = divmod(round.num_examples, self.rounds)
-            if rest:
-                raise InputError(
-                    f"dgc:rounds={self.rounds} shares its examples evenly among rounds, got {round.num_examples}"
-                )
-            own = replace(round, num_examples=count)
             memory: Memory | None = None
-            for part, labels in zip(torch.split(x, count), torch.split(y, count), strict=True):
-                memory = None if memory is None else self.send(memory)[1]
-                memory = self.gather(memory, client(victim, params, own, part, labels))
-            assert memory is not None
+            for part, labels in zip(x.tensor_split(self.rounds), y.tensor_split(self.rounds), strict=True):
+                if len(part):  # else fewer examples than rounds, as when an attack tries one by itself
+                    memory = None if memory is None else self.send(memory)[1]
+                    own = replace(round, num_examples=len(part))
+                    memory = self.gather(memory, client(victim, params, own, part, labels))
+            assert memory is not None  # a round has at least one example
             return share(memory)
 
         return compressed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, cast
 
 import torch
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import vjp, vmap
 
-from leakaudit.defenses.base import Defense, after
+from leakaudit.defenses.base import Defense
 from leakaudit.defenses.pixels import require_images
 from leakaudit.errors import InputError
 from leakaudit.models.victim import Params, Victim
@@ -56,17 +56,18 @@ class Soteria(Defense):
     def adapt(self, view: View) -> View:
         """Matches what the defense leaves as it was.
 
-        Of one example after one step, the columns left out are zero, which shows; the simulated ones are zeroed
-        too.  Otherwise the whole weight is left out of matching.
+        Of one example, the columns left out are zero, which shows; the simulated client does not train them
+        either.  Where fewer columns are zero than are left out (of a batch, or under noise), the whole weight is
+        left out of matching; what then remains unexplained after several steps is that the layers before the
+        defended one saw it train differently.
         """
         name, linear = self._layer(view.victim)
         weight = f"{name}.weight" if name else "weight"
         if weight not in view.observed:
             return view
         silent = ~view.observed[weight].any(dim=0)
-        alone = view.round.num_examples == view.round.local_steps == 1
-        if alone and int(silent.sum()) >= self._count(linear.in_features):
-            return replace(view, client=after(view.client, lambda update: _without(update, weight, silent)))
+        if int(silent.sum()) >= self._count(linear.in_features):
+            return replace(view, client=_holding(view.client, weight, silent))
         rest = [key for key in view.observed if key != weight]
         if not rest:
             return view
@@ -95,8 +96,7 @@ class Soteria(Defense):
 
     def _perturbed(self, victim: Victim) -> Victim:
         name, linear = self._layer(victim)
-        same: dict[str, Any] = {item.name: getattr(victim, item.name) for item in fields(Victim)}
-        return _Perturbed(**same, layer=name, pruned=self._count(linear.in_features))
+        return _Perturbed(**_same(victim), layer=name, pruned=self._count(linear.in_features))
 
 
 @dataclass(frozen=True)
@@ -152,5 +152,27 @@ def most_telling(victim: Victim, params: Params, x: Tensor, layer: str, count: i
     return torch.zeros_like(scores).scatter(1, scores.topk(count, dim=1).indices, 1.0)
 
 
-def _without(update: Update, weight: str, columns: Tensor) -> Update:
-    return Update({**update, weight: update[weight].masked_fill(columns.to(update[weight].device), 0.0)})
+@dataclass(frozen=True)
+class _Held(Victim):
+    """A victim of which some columns of one weight stay as they were downloaded."""
+
+    weight: str = ""
+    columns: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+
+    def logits(self, params: Params, x: Tensor) -> Tensor:
+        trained = params[self.weight]
+        held = torch.where(self.columns.to(trained.device), self.params[self.weight], trained)
+        return super().logits({**params, self.weight: held}, x)
+
+
+def _holding(client: ClientUpdate, weight: str, columns: Tensor) -> ClientUpdate:
+    """The client for whom these columns, (F,) bool, do not train."""
+
+    def simulated(victim: Victim, params: Params, round: Round, x: Tensor, y: Tensor) -> Update:
+        return client(_Held(**_same(victim), weight=weight, columns=columns), params, round, x, y)
+
+    return simulated
+
+
+def _same(victim: Victim) -> dict[str, Any]:
+    return {item.name: getattr(victim, item.name) for item in fields(Victim)}

@@ -1,138 +1,202 @@
-"""`SweepResult` -> the terminal, through rich: a row for each protocol, defense and attack."""
+"""`SweepResult` -> the terminal, through rich; reads well at 80 columns.
+
+Strings from files are shown as plain text: no rich markup, no control characters.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
+from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from leakaudit.policy import Threshold, parse_policy
 from leakaudit.report import words
-from leakaudit.report.terminal import VERDICT_STYLES, plain
-from leakaudit.results import VerdictStatus
-from leakaudit.sweep_results import Cell, SweepResult
+from leakaudit.report.sweep_summary import (
+    EXIT_MEANINGS,
+    Pair,
+    Row,
+    State,
+    Yardstick,
+    chief_bound,
+    epsilon_of,
+    headline,
+    only_oblivious,
+    rows_of,
+    state_of,
+    utility_of,
+    worst_score,
+    yardstick,
+)
+from leakaudit.report.terminal import plain
+from leakaudit.sweep_results import Bound, SweepResult, Utility
 
-WORST_FIRST: tuple[VerdictStatus, ...] = ("leaks", "inconclusive", "not-recovered")
-MOST = 12
-"""Lines of reasons, notes and names."""
-HEADLINES = {
-    0: ("WITHIN POLICY", "green"),
-    1: ("! LEAKAGE ABOVE POLICY", "red"),
-    3: ("? INCONCLUSIVE", "yellow"),
+STATE_STYLES: dict[State, str] = {
+    "leaks": "red",
+    "not-recovered": "blue",
+    "inconclusive": "yellow",
+    "failed": "yellow",
+    "pending": "dim",
 }
+STATE_MARKS: dict[State, str] = {
+    "leaks": "!",
+    "not-recovered": "-",
+    "inconclusive": "?",
+    "failed": "x",
+    "pending": ".",
+}
+EXIT_STYLES = {0: "blue", 1: "red", 3: "yellow"}
+EXIT_WORDS = {0: "- WITHIN THE POLICY", 1: "! LEAKS", 3: "? INCONCLUSIVE"}
+MAX_NAMES = 20
+PAGE_NAME = "report.html"
 
 
 def print_sweep(result: SweepResult, console: Console, folder: Path | None = None) -> None:
-    """Print the tables, what the gate says, and where everything lies."""
-    _print_tables(result, console)
-    _print_gate(result, console)
-    _print_failures(result, console)
-    for note in result.notes:
-        console.print(plain(note, "dim"))
+    """Print what the sweep means, every target with both adversaries, and the cells to look at.
+
+    Args:
+        result: the sweep.
+        console: where to; any width from 60 columns.
+        folder: the sweep's folder, to say where the page lies.
+    """
+    yard = yardstick(result)
+    console.print(_panel(result))
+    for (protocol, attack), rows in _groups(result).items():
+        console.print(Text.assemble("\n", plain(protocol, "bold"), (" under ", "dim"), plain(attack, "bold")))
+        console.print(_table(result, rows, yard))
+    if result.cells:
+        console.print(_legend(yard))
+    _print_names(result, console)
     if folder is not None:
-        console.print(Text.assemble(("Sweep", "bold"), " ", plain(str(folder))), soft_wrap=True)
+        page = Text.assemble(("\nReport      ", "bold"), plain(str(folder / PAGE_NAME)))
+        console.print(page, soft_wrap=True)
+        console.print(Text.assemble(("Sweep folder", "bold"), " ", plain(str(folder))), soft_wrap=True)
 
 
-def _print_tables(result: SweepResult, console: Console) -> None:
-    """One for each protocol and attack."""
-    threshold = parse_policy(result.gate.policy, result.medium).thresholds[0]
-    noun = "image" if result.medium == "images" else "sentence"
-    tables: dict[tuple[str, str], dict[str, dict[str, Cell]]] = {}
-    for cell in result.cells:
-        rows = tables.setdefault((cell.protocol, cell.attack), {})
-        rows.setdefault(cell.defense, {})[cell.adversary] = cell
-    for (protocol, attack), rows in tables.items():
-        console.print(Text.assemble("\n", plain(protocol, "bold"), ", attack ", plain(attack, "bold")))
-        console.print(_table(result, protocol, rows, threshold))
-    examples = words.plural(result.examples, f"private {noun}")
-    console.print(Text(f"Scores are the worst {words.metric_name(threshold.metric)} of {examples}.", "dim"))
-
-
-def _table(
-    result: SweepResult, protocol: str, rows: dict[str, dict[str, Cell]], threshold: Threshold
-) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    table.add_column("Defense", overflow="fold")
-    table.add_column("Oblivious", justify="right", no_wrap=True)
-    table.add_column("Adaptive", justify="right", no_wrap=True)
-    table.add_column("Verdict", no_wrap=True)
-    table.add_column("Accuracy", justify="right", no_wrap=True)
-    table.add_column("Epsilon", justify="right", no_wrap=True)
-    for defense, cells in rows.items():
-        table.add_row(
-            plain(defense),
-            _worst(cells.get("oblivious"), threshold),
-            _worst(cells.get("adaptive"), threshold),
-            _verdict(list(cells.values())),
-            _accuracy(result, protocol, defense),
-            _epsilon(result, protocol, defense),
+def _panel(result: SweepResult) -> Panel:
+    code = result.exit_code if result.cells else 3
+    lines: list[RenderableType] = [plain(headline(result), "bold")]
+    blind = only_oblivious(result)
+    if blind:
+        many = words.plural(len(blind), "defense only stops", "defenses only stop")
+        lines.append(
+            plain(f"{many} an adversary who does not know of {'it' if len(blind) == 1 else 'them'}:")
         )
+        lines += [plain(f"• {name}") for name in blind[:5]]
+        lines += [plain(f"and {len(blind) - 5} more", "dim")] if len(blind) > 5 else []
+    if result.interrupted:
+        lines.append(Text("Interrupted: cells that did not finish prove nothing.", style="yellow"))
+    lines.append(plain(f"Policy: {result.gate.policy}{_quantile(result)}", "dim"))
+    lines.append(plain(f"Exit code {result.exit_code}: {EXIT_MEANINGS[result.exit_code]}", "dim"))
+    if any(cell.verdict == "not-recovered" for cell in result.cells):
+        lines.append(Text("What was not recovered by these attacks is not thereby safe.", style="dim"))
+    style = EXIT_STYLES[code]
+    title = Text(EXIT_WORDS[code], style=f"bold {style}")
+    return Panel(Group(*lines), title=title, title_align="left", border_style=style, padding=(0, 1))
+
+
+def _quantile(result: SweepResult) -> str:
+    quantile = result.gate.quantile
+    return "" if quantile >= 1 else f", on the quantile {words.plain_number(quantile)} of the examples"
+
+
+def _groups(result: SweepResult) -> dict[tuple[str, str], list[Row]]:
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows_of(result.cells):
+        groups.setdefault((row.protocol, row.attack), []).append(row)
+    return groups
+
+
+def _table(result: SweepResult, rows: Sequence[Row], yard: Yardstick) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0), expand=False)
+    table.add_column("Defense", overflow="fold", ratio=1)
+    for name in ("Oblivious", "Adaptive"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("Verdict", no_wrap=True)
+    for name in ("Accuracy", "ε", "Theory"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        for pair in row.pairs:
+            table.add_row(*_cells(result, pair, yard))
     return table
 
 
-def _worst(cell: Cell | None, threshold: Threshold) -> Text:
-    scores = [] if cell is None else cell.scores(threshold.metric)
-    if cell is None or not scores:
-        return Text(words.MISSING, style="dim")
-    worst = max(scores) if threshold.operator == ">" else min(scores)
-    return plain(words.plain_number(worst), VERDICT_STYLES[cell.verdict])
+def _cells(result: SweepResult, pair: Pair, yard: Yardstick) -> list[Text]:
+    informed = pair.most_informed
+    assert informed is not None  # a pair is made of at least one cell
+    cell = result.cells[informed]
+    state, utility = state_of(cell), utility_of(result, cell)
+    name = "no defense" if cell.defense == "none" else cell.defense
+    return [
+        plain(name, "bold" if cell.defense == "none" else ""),
+        _score(result, pair.oblivious, yard),
+        _score(result, pair.adaptive, yard),
+        Text(state.replace("-", " "), style=STATE_STYLES[state]),
+        plain(_accuracy(utility)),
+        plain(words.plain_number(epsilon_of(result, cell))),
+        plain(_theory(chief_bound(result, cell))),
+    ]
 
 
-def _verdict(cells: Sequence[Cell]) -> Text:
-    """The worst of the row's cells."""
-    verdict = min((cell.verdict for cell in cells), key=WORST_FIRST.index)
-    return Text(verdict.replace("-", " "), style=VERDICT_STYLES[verdict])
+def _score(result: SweepResult, index: int | None, yard: Yardstick) -> Text:
+    """The worst score behind the mark of its own verdict; empty for an adversary who was not tried."""
+    if index is None:
+        return Text("")
+    cell = result.cells[index]
+    state = state_of(cell)
+    score = words.plain_number(worst_score(cell, yard))
+    return Text.assemble((STATE_MARKS[state], f"bold {STATE_STYLES[state]}"), f" {score}")
 
 
-def _accuracy(result: SweepResult, protocol: str, defense: str) -> str:
-    found = [item for item in result.utilities if (item.protocol, item.defense) == (protocol, defense)]
-    if not found or found[0].accuracy is None:
+def _accuracy(utility: Utility | None) -> str:
+    """In percent, with half the width of its interval."""
+    if utility is None or utility.accuracy is None:
         return words.MISSING
-    return f"{100 * found[0].accuracy:.1f}%"
+    if utility.low is None or utility.high is None:
+        return f"{100 * utility.accuracy:.1f}"
+    return f"{100 * utility.accuracy:.1f}±{50 * (utility.high - utility.low):.1f}"
 
 
-def _epsilon(result: SweepResult, protocol: str, defense: str) -> str:
-    """Of the training where there was one, else of the accountant's bound."""
-    for item in result.utilities:
-        if (item.protocol, item.defense) == (protocol, defense) and item.epsilon is not None:
-            return words.plain_number(item.epsilon)
-    for bound in result.bounds:
-        target = (bound.protocol, bound.defense, bound.quantity)
-        if target == (protocol, defense, "epsilon") and bound.value is not None:
-            return words.plain_number(bound.value)
+def _theory(bound: Bound | None) -> str:
+    """What holds for every adversary, or ~ for an indicator: success at most, or MSE at least."""
+    if bound is None or bound.value is None:
+        return words.MISSING
+    doubt = "" if bound.kind == "bound" else "~"
+    if bound.quantity == "probability":
+        return f"{doubt}≤{100 * bound.value:.3g}%"
+    if bound.quantity == "mse":
+        return f"{doubt}≥{bound.value:.1e}"
     return words.MISSING
 
 
-def _print_gate(result: SweepResult, console: Console) -> None:
+def _legend(yard: Yardstick) -> Text:
+    name = f"{yard.name}{' in ' + yard.unit if yard.unit else ''}"
+    marks = ", ".join(f"{mark} {state.replace('-', ' ')}" for state, mark in STATE_MARKS.items())
+    text = f"\nScores: worst {name}; {marks}. Verdict: of the best informed adversary tried."
+    return plain(
+        text + " Accuracy in %. Theory: success ≤ or MSE ≥ for any adversary, ~ an indicator only.", "dim"
+    )
+
+
+def _print_names(result: SweepResult, console: Console) -> None:
     gate = result.gate
-    headline, style = HEADLINES[result.exit_code]
-    console.print()
-    console.print(Text(headline, style=f"bold {style}"), plain(f"Policy: {gate.policy}", "dim"))
-    if result.interrupted:
-        console.print(Text("Interrupted: this is what was finished until then.", style="yellow"))
-    _print_names("breaks the policy", "red", gate.broken, console)
-    _print_names("accepted", "cyan", [item.cell for item in gate.accepted], console)
-    _print_names("inconclusive", "yellow", gate.inconclusive, console)
-    for note in gate.notes:
-        console.print(plain(note))
+    reasons = {cell.name: cell.reasons[0] for cell in result.cells if cell.reasons}
+    expired = set(gate.expired)
+    broken = [(name, "its acceptance ran out" if name in expired else "") for name in gate.broken]
+    accepted = [(item.cell, f"{item.owner}, until {item.expires}") for item in gate.accepted]
+    unclear = [(name, reasons.get(name, "")) for name in gate.inconclusive]
+    _print_list(console, "Break the policy", "bold red", broken)
+    _print_list(console, "Prove nothing", "bold yellow", unclear)
+    _print_list(console, "Leak and are accepted", "bold", accepted)
 
 
-def _print_names(what: str, style: str, names: Sequence[str], console: Console) -> None:
-    for name in names[:MOST]:
-        console.print(Text.assemble((what, style), " ", plain(name)))
-    if len(names) > MOST:
-        console.print(Text(f"and {words.plural(len(names) - MOST, 'more cell')} {what}", style=style))
-
-
-def _print_failures(result: SweepResult, console: Console) -> None:
-    """Each error once, with how many runs ended in it."""
-    errors: dict[str, int] = {}
-    for cell in result.cells:
-        for run in cell.runs:
-            if run.status == "failed":
-                errors[run.error] = errors.get(run.error, 0) + 1
-    for error, count in list(errors.items())[:MOST]:
-        console.print(Text.assemble((words.plural(count, "failed run"), "red"), ": ", plain(error)))
+def _print_list(console: Console, title: str, style: str, items: Sequence[tuple[str, str]]) -> None:
+    if not items:
+        return
+    console.print(Text.assemble("\n", (f"{title} ({len(items)})", style)))
+    for name, note in items[:MAX_NAMES]:
+        console.print(Text.assemble("  ", plain(name), plain(f": {note}" if note else "", "dim")))
+    if len(items) > MAX_NAMES:
+        console.print(Text(f"  and {len(items) - MAX_NAMES} more, in the report", style="dim"))

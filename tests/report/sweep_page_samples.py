@@ -1,6 +1,7 @@
 """Made-up sweeps for the tests of their page, and for looking at it in a browser.
 
-`python tests/report/sweep_page_samples.py FOLDER` writes one sweep folder a sample.
+`python tests/report/sweep_page_samples.py FOLDER` writes one sweep folder a sample;
+`--golden` writes the golden page anew: look at the difference before committing it.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from sample_audits import EVIL, photos, recovered, tokens
 
-from leakaudit.report.pictures import write_png
 from leakaudit.report.sweep_page import write_sweep_page
 from leakaudit.results import Token
 from leakaudit.sweep_results import (
@@ -33,6 +34,9 @@ from leakaudit.sweep_results import (
 
 ADVERSARIES: tuple[Adversary, Adversary] = ("oblivious", "adaptive")
 POLICY = "psnr>20,ssim>0.5"
+PROTOCOLS = ("fedsgd", "fedavg:steps=5", "fedavg:steps=20")
+ATTACKS = ("auto", "dlg", "inverting-gradients")
+GOLDEN = Path(__file__).parent / "golden_sweep"
 
 
 @dataclass(frozen=True)
@@ -91,12 +95,11 @@ class Folder:
     def __init__(self, path: Path | None, size: int, examples: int) -> None:
         self.path, self.size = path, size
         self.originals = photos(examples, size)
-        self.written = 0
 
     def picture(self, name: str, pixels: np.ndarray) -> str:
         if self.path is not None:
-            write_png(pixels, self.path / name)
-            self.written += 1
+            (self.path / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.rint(pixels * 255).astype(np.uint8)).save(self.path / name)
         return name
 
 
@@ -225,41 +228,38 @@ def photo_sweep(
 ) -> SweepResult:
     """Images; every run has `count` of them, and there are `seeds` runs a cell."""
     folder = Folder(path, size, max(4, count))
+    wanted = [
+        (protocol, attack, option, adversary)
+        for protocol in protocols
+        for attack in attacks
+        for option in options()
+        for adversary in ADVERSARIES[: 1 if option.family == "none" else 2]
+    ]
     cells: list[Cell] = []
-    for protocol in protocols:
-        for attack in attacks:
-            for option in options():
-                for adversary in ADVERSARIES[: 1 if option.family == "none" else 2]:
-                    level = option.oblivious if adversary == "oblivious" else option.adaptive
-                    level -= 4.0 * protocols.index(protocol) + 2.0 * attacks.index(attack)
-                    name = f"{len(cells):03d}{'ab'[adversary == 'adaptive']}"
-                    noise = (
-                        option.strength[1] if option.family == "gaussian-noise" and option.strength else 0.0
-                    )
-                    runs = [
-                        run_of(folder, f"{name}{seed}", seed % 2, seed, max(5.5, level), count, frames, noise)
-                        for seed in range(seeds)
-                    ]
-                    leaks = level > 20
-                    cells.append(
-                        Cell(
-                            protocol=protocol,
-                            defense=option.spec,
-                            attack=attack,
-                            adversary=adversary,
-                            family=option.family,
-                            strength=option.strength,
-                            runs=runs,
-                            verdict="leaks" if leaks else "not-recovered",
-                            reasons=[
-                                "4 of 4 examples cross psnr>20 (worst psnr 38)"
-                                if leaks
-                                else "Control passed."
-                            ],
-                            control=True,
-                        )
-                    )
-    cells = cells[:most]
+    for protocol, attack, option, adversary in wanted[:most]:
+        level = option.oblivious if adversary == "oblivious" else option.adaptive
+        level -= 4.0 * protocols.index(protocol) + 2.0 * attacks.index(attack)
+        name = f"{len(cells):03d}{'ab'[adversary == 'adaptive']}"
+        noise = option.strength[1] if option.family == "gaussian-noise" and option.strength else 0.0
+        runs = [
+            run_of(folder, f"{name}{seed}", seed % 2, seed, max(5.5, level), count, frames, noise)
+            for seed in range(seeds)
+        ]
+        leaks = level > 20
+        cells.append(
+            Cell(
+                protocol=protocol,
+                defense=option.spec,
+                attack=attack,
+                adversary=adversary,
+                family=option.family,
+                strength=option.strength,
+                runs=runs,
+                verdict="leaks" if leaks else "not-recovered",
+                reasons=["4 of 4 examples cross psnr>20 (worst psnr 38)" if leaks else "Control passed."],
+                control=True,
+            )
+        )
     cells = [_odd(cell, place) for place, cell in enumerate(cells)]
     leaking = [cell.name for cell in cells if cell.verdict == "leaks"]
     accepted = [
@@ -270,8 +270,8 @@ def photo_sweep(
     return SweepResult(
         created="2026-11-22 18:00 UTC",
         title="Defense sweep",
-        command="leakaudit defend --model resnet20 --checkpoint m.pt --data photos/ --defense gaussian-noise:std=1e-4,1e-3"
-        " --protocol fedsgd --attack auto --images 16 --seeds 3 --out runs/sweep",
+        command="leakaudit defend --model resnet20 --checkpoint m.pt --data photos/"
+        " --defense gaussian-noise:std=1e-4,1e-3 --protocol fedsgd --attack auto --seeds 3 --out runs/sweep",
         config={"images": 16, "seeds": seeds, "knowledge": {"labels": "known", "mode": "eval"}},
         model="resnet20 (cifar10)",
         parameters=272474,
@@ -426,13 +426,30 @@ def hostile_sweep(path: Path | None = None) -> SweepResult:
             "environment": {EVIL: EVIL},
             "files": {EVIL: long},
             "utilities": [
-                Utility(protocol=p, defense=d, accuracy=odd[i % 6], low=odd[(i + 1) % 6], high=1e300, epsilon=odd[i % 6],
-                        reason=EVIL, curves=[Curve(seed=0, points=[(0, math.nan), (5, 1e300), (5, 0.0)])])
+                Utility(
+                    protocol=p,
+                    defense=d,
+                    accuracy=odd[i % 6],
+                    low=odd[(i + 1) % 6],
+                    high=1e300,
+                    epsilon=odd[i % 6],
+                    reason=EVIL,
+                    curves=[Curve(seed=0, points=[(0, math.nan), (5, 1e300), (5, 0.0)])],
+                )
                 for i, (p, d) in enumerate(targets)
             ],
             "bounds": [
-                Bound(protocol=p, defense=d, name=EVIL, kind="bound", quantity=("mse", "probability", "epsilon")[i % 3],
-                      value=odd[i % 6], text=EVIL, source=EVIL, assumptions=[EVIL])
+                Bound(
+                    protocol=p,
+                    defense=d,
+                    name=EVIL,
+                    kind="bound",
+                    quantity=("mse", "probability", "epsilon")[i % 3],
+                    value=odd[i % 6],
+                    text=EVIL,
+                    source=EVIL,
+                    assumptions=[EVIL],
+                )
                 for i, (p, d) in enumerate(targets)
             ],
             "gate": Gate(
@@ -443,7 +460,7 @@ def hostile_sweep(path: Path | None = None) -> SweepResult:
                 inconclusive=[long],
             ),
         }
-    )  # fmt: skip
+    )
 
 
 def empty_sweep(path: Path | None = None) -> SweepResult:
@@ -453,29 +470,35 @@ def empty_sweep(path: Path | None = None) -> SweepResult:
 
 
 def large_sweep(path: Path | None) -> SweepResult:
-    """200 cells of 6 runs and 24 examples, film strips of 12 frames."""
-    return photo_sweep(
-        path,
-        protocols=("fedsgd", "fedavg:steps=5", "fedavg:steps=20"),
-        attacks=("auto", "dlg", "inverting-gradients"),
-        seeds=3,
-        count=8,
-        frames=12,
-        most=200,
-    )
+    """200 cells of 3 runs and 24 examples, film strips of 12 frames."""
+    return photo_sweep(path, protocols=PROTOCOLS, attacks=ATTACKS, seeds=3, count=8, frames=12, most=200)
+
+
+def golden_sweep(path: Path | None) -> SweepResult:
+    """A few cells.  No film strip: its compression depends on the version of Pillow."""
+    return photo_sweep(path, protocols=("fedsgd",), seeds=1, count=1, frames=0, size=16, most=13)
+
+
+def small_sweep(path: Path | None) -> SweepResult:
+    return photo_sweep(path, protocols=("fedsgd",), seeds=2, count=1, frames=3)
 
 
 SAMPLES = {
-    "photos": photo_sweep,
+    "photos": small_sweep,
     "text": text_sweep,
     "hostile": hostile_sweep,
     "empty": empty_sweep,
-    "redacted": lambda path: photo_sweep(path).model_copy(update={"redacted": True}),
+    "redacted": lambda path: small_sweep(path).model_copy(update={"redacted": True}),
 }
 
 
 def main(argument: str) -> None:
-    for name, make in (SAMPLES | {"large": large_sweep}).items():
+    if argument == "--golden":
+        result = golden_sweep(GOLDEN)
+        (GOLDEN / "result.json").write_text(result.to_json())
+        write_sweep_page(result, GOLDEN, GOLDEN / "report.html")
+        return
+    for name, make in (SAMPLES | {"wide": photo_sweep, "large": large_sweep}).items():
         folder = Path(argument) / name
         write_sweep_page(make(folder), folder, folder / "report.html")
         print(folder / "report.html", (folder / "report.html").stat().st_size)
