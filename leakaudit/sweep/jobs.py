@@ -100,8 +100,9 @@ class RunJob:
         victim, defenses = load_model(self.setup), parse_defense(self.defense)
         batch: Any = load_examples(self.setup).part(self.first, self.count)
         medium = medium_of(victim)
-        captured = self._capture(victim, batch, defenses)
-        undefended = captured.update if not defenses else self._capture(victim, batch, ()).update
+        source = (victim, batch, self.protocol, self.defense, self.first, self.seed)
+        captured = shared_update(*source)
+        undefended = shared_update(*source, defended=False).update if defenses else captured.update
         y = medium.tensors(victim, batch)[1]
         view, inspection = look(
             victim.with_mode("eval") if self.setup.language else victim,  # nobody knows the dropout masks
@@ -127,15 +128,34 @@ class RunJob:
         rms = {"noise_std": noise_std(view, captured), "update_rms": _rms(undefended)}
         return self.pending().model_copy(update={**run, **rms})
 
-    def _capture(self, victim: Victim, batch: Any, defenses: Parts) -> Captured:
-        """The update after `defenses`, of the round that all of the target's make; drawn anew for every
-        target, group and seed, and the same for every attack and adversary."""
-        round = round_of(self.protocol, parse_defense(self.defense))
-        name = f"sweep/{self.protocol}/{self.defense}/{self.first}"
-        return capture(victim, batch, round, defenses=defenses, seed=fork(self.seed, name).initial_seed())
-
     def _checkpoint(self) -> str | None:
         return None if self.setup.checkpoint is None else Path(self.setup.checkpoint).name
+
+
+def shared_update(
+    victim: Victim,
+    batch: Any,
+    protocol: str,
+    defense: str,
+    first: int,
+    seed: int,
+    *,
+    defended: bool = True,
+) -> Captured:
+    """What the client shares of its `batch`, whose first example is the sweep's `first`: the same for every attack
+    and adversary, with randomness of its own for every target, group and seed.
+
+    Not `defended` it is the update of the same round before the defenses touch it.
+    """
+    parts = parse_defense(defense)
+    name = f"sweep/{protocol}/{defense}/{first}"
+    return capture(
+        victim,
+        batch,
+        round_of(protocol, parts),
+        defenses=parts if defended else (),
+        seed=fork(seed, name).initial_seed(),
+    )
 
 
 def look(

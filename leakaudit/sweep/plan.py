@@ -34,7 +34,7 @@ from leakaudit.sweep.setup import (
     model_identity,
     setup_of,
 )
-from leakaudit.sweep.target_jobs import UtilityJob
+from leakaudit.sweep.target_jobs import BoundJob, UtilityJob
 from leakaudit.sweep.utility import Training
 from leakaudit.sweep.work import Job
 from leakaudit.sweep_results import Adversary, Utility
@@ -135,6 +135,7 @@ def plan_sweep(config: SweepConfig) -> SweepPlan:
         config, setup, str(policy), metrics, tuple(model_identity(setup)), tuple(example_hashes(setup))
     )
     supplied = _supplied(config, targets)
+    trainings = [] if supplied else list(_trainings(config, setup, targets))
     return SweepPlan(
         config=config,
         setup=setup,
@@ -143,7 +144,7 @@ def plan_sweep(config: SweepConfig) -> SweepPlan:
         metrics=metrics,
         parameters=sum(p.numel() for p in (*victim.params.values(), *victim.frozen.values())),
         cells=tuple(_cells(config, targets, attacks, namer)),
-        more=() if supplied else tuple(_trainings(config, setup, targets)),
+        more=(*_bounds(config, setup, targets, namer.examples), *trainings),
         supplied=supplied,
     )
 
@@ -200,7 +201,7 @@ def _adversaries(config: SweepConfig, target: Target) -> list[Adversary]:
     return ["oblivious"] if target.defense == NO_DEFENSE else list(dict.fromkeys(config.adversaries))
 
 
-# ------------------------------------------------------------------ utility
+# ------------------------------------------------------------------ utility and bounds
 
 
 def _supplied(config: SweepConfig, targets: Sequence[Target]) -> tuple[Utility, ...]:
@@ -243,6 +244,32 @@ def _trainings(config: SweepConfig, setup: Setup, targets: Sequence[Target]) -> 
         names = {"protocol": target.protocol, "defense": target.defense}
         key = digest(common | names)
         yield UtilityJob(key, setup, target.protocol, target.defense, training, options.examples, config.seed)
+
+
+def _bounds(
+    config: SweepConfig, setup: Setup, targets: Sequence[Target], examples: Sequence[str]
+) -> Iterator[BoundJob]:
+    options = config.bounds
+    if not options.on:
+        return
+    common = {
+        "version": __version__,
+        "model": model_identity(setup),
+        "options": options.model_dump(),
+        "seed": config.seed,
+    }
+    for target in targets:
+        count = target.round.num_examples
+        names = {"protocol": target.protocol, "defense": target.defense, "examples": examples[:count]}
+        yield BoundJob(
+            digest({"bounds": common} | names),
+            setup,
+            target.protocol,
+            target.defense,
+            count,
+            config.seed,
+            options,
+        )
 
 
 # ------------------------------------------------------------------ keys

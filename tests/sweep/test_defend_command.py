@@ -31,10 +31,8 @@ def test_a_sweep_from_the_command_line(run: Runner, tmp_path: Path) -> None:
     done = run(*SWEEP, "--defense", "gaussian-noise:std=1e-4,10")
     assert done.code == 1, done.err
     text = words(done.out)
-    assert "fedsgd, attack linear" in text
-    assert "! LEAKAGE ABOVE POLICY" in text
-    assert "breaks the policy fedsgd | gaussian-noise:std=0.0001 | linear | adaptive" in text
-    assert "not recovered" in text
+    assert "! LEAKS 2 of 5 cells leak beyond the policy" in text
+    assert "fedsgd | gaussian-noise:std=0.0001 | linear | adaptive" in text
     result = read_sweep(tmp_path / "out")
     assert result.command.startswith("leakaudit defend --model models.py:mlp")
     assert (tmp_path / "out" / "report.html").is_file()
@@ -45,7 +43,7 @@ def test_a_sweep_from_the_command_line(run: Runner, tmp_path: Path) -> None:
 
 def test_a_policy_that_holds_is_green(run: Runner) -> None:
     done = run(*SWEEP, "--defense", "gaussian-noise:std=10")
-    assert (done.code, "WITHIN POLICY" in done.out) == (0, True)
+    assert (done.code, "LEAKS" in done.out) == (0, False)
     assert run(*SWEEP, "--defense", "gaussian-noise:std=10").code == 0, "the same sweep, complete"
 
 

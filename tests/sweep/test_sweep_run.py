@@ -27,7 +27,7 @@ from leakaudit.rounds import Round
 from leakaudit.sweep import jobs
 from leakaudit.sweep.config import build_config
 from leakaudit.sweep.engine import Finished, InProcess
-from leakaudit.sweep.jobs import RunJob, look
+from leakaudit.sweep.jobs import RunJob, look, shared_update
 from leakaudit.sweep.plan import plan_sweep
 from leakaudit.sweep.run import do_jobs
 from leakaudit.sweep.setup import load_examples, load_model
@@ -117,8 +117,9 @@ def test_both_adversaries_attack_the_same_update(folder: Path, result: SweepResu
     for job in plan.runs:
         if job.defense != "none":
             batch: Any = load_examples(plan.setup).part(job.first, job.count)
-            update = job._capture(victim, batch, jobs.parse_defense(job.defense)).update
-            undefended = job._capture(victim, batch, ()).update
+            source = (victim, batch, job.protocol, job.defense, job.first, job.seed)
+            update = shared_update(*source).update
+            undefended = shared_update(*source, defended=False).update
             noise = torch.cat([t.flatten() for t in (update - undefended).values()])
             seen.setdefault((job.defense, job.first, job.seed), []).append(noise / noise.std())
     assert [len(noises) for noises in seen.values()] == [4] * 8
@@ -425,6 +426,22 @@ def test_curves_are_supplied_by_target(tmp_path: Path) -> None:
     curves.write_text("\n".join([*rows, "fedsgd,top-k,0,10,0.7"]))
     with pytest.raises(InputError, match=r"has curves of fedsgd \| top-k"):
         swept(tmp_path, **changes)
+
+
+def test_bounds_stand_beside_the_attacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = {"images": 1, "bounds": {"prior": 0.2}, "defenses": ["gaussian-noise:std=10"]}
+    result = swept(tmp_path, **changes)
+    by_target: dict[str, dict[str, float | None]] = {}
+    for bound in result.bounds:
+        by_target.setdefault(bound.defense, {})[bound.name] = bound.value
+    assert by_target.keys() == {"none", "gaussian-noise:std=10.0"}
+    assert "rank" in by_target["none"]
+    least = by_target["gaussian-noise:std=10.0"]["bayesian-cramer-rao"]
+    reached = cells(result)["gaussian-noise:std=10.0", "adaptive"].scores("psnr")
+    assert least is not None
+    assert 0 < least < 10 ** (-max(reached) / 10)
+    monkeypatch.setattr("leakaudit.sweep.target_jobs.target_bounds", None)
+    assert swept(tmp_path, **changes).bounds == result.bounds
 
 
 # ------------------------------------------------------------------ outputs
