@@ -482,14 +482,22 @@ def defend(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="Run folder written by attack.", show_default=False)],
+    run: Annotated[
+        Path, typer.Argument(help="Folder written by attack, audit or defend.", show_default=False)
+    ],
     html: Annotated[Path, typer.Option(help="Page to write.")] = Path("report.html"),
     redact: Annotated[bool, typer.Option("--redact", help="Leave the originals out.")] = False,
 ) -> None:
     """Write the HTML report of a finished run: one file, without remote requests."""
+    from leakaudit.gate import SWEEP_NAME, read_sweep
     from leakaudit.report.folder import read_run, write_page
+    from leakaudit.report.sweep_page import write_sweep_page
 
-    write_page(read_run(run), html, redact=redact)
+    if (run / SWEEP_NAME).is_file():
+        result = read_sweep(run)
+        write_sweep_page(result, run, html, redact=redact or result.redacted)
+    else:
+        write_page(read_run(run), html, redact=redact)
     Console().print(f"Report: {html}", soft_wrap=True, highlight=False)
 
 

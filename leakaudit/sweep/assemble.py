@@ -16,7 +16,8 @@ from leakaudit.results import Value
 from leakaudit.subject import pick_device
 from leakaudit.sweep.jobs import RunJob
 from leakaudit.sweep.plan import CellPlan, SweepPlan
-from leakaudit.sweep_results import Bound, Cell, Run, SweepResult, Utility
+from leakaudit.sweep.target_jobs import Bounds
+from leakaudit.sweep_results import Cell, Run, SweepResult, Utility
 
 MAJORITY = 0.5
 """The control passes when the undefended attack breaks the policy on more than this share of its examples."""
@@ -53,7 +54,7 @@ def assemble(
         metrics=list(plan.metrics),
         cells=cells,
         utilities=[*plan.supplied, *(value for value in more if isinstance(value, Utility))],
-        bounds=[value for value in more if isinstance(value, Bound)],
+        bounds=[bound for value in more if isinstance(value, Bounds) for bound in value.bounds],
         gate=gate(counted_cells, plan.policy, config.quantile, baseline, now.date()),
         notes=[*_control_notes(plan, results), *_pending_notes(plan, results)],
         seconds=seconds,

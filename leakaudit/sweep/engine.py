@@ -23,8 +23,7 @@ from typing import Protocol
 import torch
 
 from leakaudit.results import Value
-from leakaudit.subject import pick_device
-from leakaudit.sweep.jobs import Job
+from leakaudit.sweep.work import Job
 
 TRIES = 2
 """How often a job may cost its worker's life."""
@@ -158,6 +157,8 @@ def cores() -> int:
 
 def local_engine(workers: int | None, device: str) -> Engine:
     """This process for 0 workers, else a pool; None makes one worker a core, or one a GPU."""
+    from leakaudit.subject import pick_device  # a worker has no use for it, and starts sooner without
+
     chosen = pick_device(device)
     gpus = torch.cuda.device_count() if chosen.type == "cuda" and ":" not in device else 0
     if workers is None:

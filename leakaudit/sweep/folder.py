@@ -16,13 +16,13 @@ from pathlib import Path
 
 from leakaudit.atomic import writable_folder, write_atomically
 from leakaudit.errors import InputError
+from leakaudit.gate import SWEEP_NAME
 from leakaudit.report.folder import RESULT_NAME as AUDIT_NAME
 from leakaudit.sweep.jobs import RUNS
 from leakaudit.sweep.plan import SweepPlan
 from leakaudit.sweep.target_jobs import TARGETS
 
 PLAN_NAME = "plan.json"
-SWEEP_NAME = "sweep.json"
 PAGE_NAME = "report.html"
 SCHEMA_VERSION = 1
 

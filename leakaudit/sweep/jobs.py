@@ -1,8 +1,4 @@
-"""Jobs: what a sweep is made of, each done by itself in whichever process takes it.
-
-A job is plain values, knows the key of its full specification, and leaves its result in a file of
-that key, written last and in one step.  The same job gives the same result under every engine.
-"""
+"""One run of a sweep as a job: capture, what the adversary sees, audit, summary."""
 
 from __future__ import annotations
 
@@ -11,7 +7,7 @@ import time
 import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from pydantic import ValidationError
 from torch import Tensor
@@ -30,7 +26,7 @@ from leakaudit.models.victim import Victim
 from leakaudit.policy import Policy, parse_policy
 from leakaudit.randomness import fork
 from leakaudit.report.folder import write_run
-from leakaudit.results import AuditResult, ExampleScores, Trial, Value
+from leakaudit.results import AuditResult, ExampleScores, Trial
 from leakaudit.subject import learn
 from leakaudit.sweep.protocols import round_of
 from leakaudit.sweep.setup import Setup, load_examples, load_model, load_pool
@@ -41,23 +37,6 @@ from leakaudit.update import Update
 RUNS = "runs"
 RUN_NAME = "run.json"
 ERROR_NAME = "error.txt"
-
-
-class Job(Protocol):
-    """One piece of work of a sweep."""
-
-    @property
-    def key(self) -> str:
-        """Of its full specification."""
-
-    def stored(self, root: Path) -> Value | None:
-        """The result that an earlier sweep left in the folder `root`; None when there is none."""
-
-    def execute(self, root: Path) -> Value:
-        """Do it, and leave the result in the folder.  What goes wrong is a result."""
-
-    def failed(self, error: str) -> Value:
-        """The result when the process that did it died."""
 
 
 @dataclass(frozen=True)
@@ -121,8 +100,9 @@ class RunJob:
         victim, defenses = load_model(self.setup), parse_defense(self.defense)
         batch: Any = load_examples(self.setup).part(self.first, self.count)
         medium = medium_of(victim)
-        captured = self._capture(victim, batch, defenses)
-        undefended = captured.update if not defenses else self._capture(victim, batch, ()).update
+        source = (victim, batch, self.protocol, self.defense, self.first, self.seed)
+        captured = shared_update(*source)
+        undefended = shared_update(*source, defended=False).update if defenses else captured.update
         y = medium.tensors(victim, batch)[1]
         view, inspection = look(
             victim.with_mode("eval") if self.setup.language else victim,  # nobody knows the dropout masks
@@ -148,15 +128,34 @@ class RunJob:
         rms = {"noise_std": noise_std(view, captured), "update_rms": _rms(undefended)}
         return self.pending().model_copy(update={**run, **rms})
 
-    def _capture(self, victim: Victim, batch: Any, defenses: Parts) -> Captured:
-        """The update after `defenses`, of the round that all of the target's make; drawn anew for every
-        target, group and seed, and the same for every attack and adversary."""
-        round = round_of(self.protocol, parse_defense(self.defense))
-        name = f"sweep/{self.protocol}/{self.defense}/{self.first}"
-        return capture(victim, batch, round, defenses=defenses, seed=fork(self.seed, name).initial_seed())
-
     def _checkpoint(self) -> str | None:
         return None if self.setup.checkpoint is None else Path(self.setup.checkpoint).name
+
+
+def shared_update(
+    victim: Victim,
+    batch: Any,
+    protocol: str,
+    defense: str,
+    first: int,
+    seed: int,
+    *,
+    defended: bool = True,
+) -> Captured:
+    """What the client shares of its `batch`, whose first example is the sweep's `first`: the same for every attack
+    and adversary, with randomness of its own for every target, group and seed.
+
+    Not `defended` it is the update of the same round before the defenses touch it.
+    """
+    parts = parse_defense(defense)
+    name = f"sweep/{protocol}/{defense}/{first}"
+    return capture(
+        victim,
+        batch,
+        round_of(protocol, parts),
+        defenses=parts if defended else (),
+        seed=fork(seed, name).initial_seed(),
+    )
 
 
 def look(

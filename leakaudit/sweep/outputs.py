@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 
 from leakaudit.atomic import writable_folder, write_atomically
+from leakaudit.gate import SWEEP_NAME
 from leakaudit.report.junit import junit_xml
 from leakaudit.report.sarif import sarif
 from leakaudit.report.summary import append_summary, markdown
 from leakaudit.report.sweep_page import write_sweep_page
 from leakaudit.sweep.config import SweepConfig
-from leakaudit.sweep.folder import PAGE_NAME, SWEEP_NAME
+from leakaudit.sweep.folder import PAGE_NAME
 from leakaudit.sweep_results import SweepResult
 
 

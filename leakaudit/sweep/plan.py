@@ -23,7 +23,7 @@ from leakaudit.policy import Policy, parse_policy
 from leakaudit.rounds import Round
 from leakaudit.sweep.config import SweepConfig
 from leakaudit.sweep.curves import read_curves
-from leakaudit.sweep.jobs import Job, RunJob
+from leakaudit.sweep.jobs import RunJob
 from leakaudit.sweep.protocols import CONTROL, canonical, round_of
 from leakaudit.sweep.setup import (
     Setup,
@@ -31,11 +31,12 @@ from leakaudit.sweep.setup import (
     example_hashes,
     load_all,
     load_model,
-    model_hash,
+    model_identity,
     setup_of,
 )
-from leakaudit.sweep.target_jobs import UtilityJob
+from leakaudit.sweep.target_jobs import BoundJob, UtilityJob
 from leakaudit.sweep.utility import Training
+from leakaudit.sweep.work import Job
 from leakaudit.sweep_results import Adversary, Utility
 
 NO_DEFENSE = "none"
@@ -130,8 +131,11 @@ def plan_sweep(config: SweepConfig) -> SweepPlan:
     _refuse_other_medium(attacks, medium)
     policy = policy_of(config.fail_on, medium)
     metrics = metrics_of(config.metrics, policy, medium)
-    namer = _Namer(config, setup, str(policy), metrics, model_hash(victim), tuple(example_hashes(setup)))
+    namer = _Namer(
+        config, setup, str(policy), metrics, tuple(model_identity(setup)), tuple(example_hashes(setup))
+    )
     supplied = _supplied(config, targets)
+    trainings = [] if supplied else list(_trainings(config, setup, targets))
     return SweepPlan(
         config=config,
         setup=setup,
@@ -140,7 +144,7 @@ def plan_sweep(config: SweepConfig) -> SweepPlan:
         metrics=metrics,
         parameters=sum(p.numel() for p in (*victim.params.values(), *victim.frozen.values())),
         cells=tuple(_cells(config, targets, attacks, namer)),
-        more=() if supplied else tuple(_trainings(config, setup, targets)),
+        more=(*_bounds(config, setup, targets, namer.examples), *trainings),
         supplied=supplied,
     )
 
@@ -197,7 +201,7 @@ def _adversaries(config: SweepConfig, target: Target) -> list[Adversary]:
     return ["oblivious"] if target.defense == NO_DEFENSE else list(dict.fromkeys(config.adversaries))
 
 
-# ------------------------------------------------------------------ utility
+# ------------------------------------------------------------------ utility and bounds
 
 
 def _supplied(config: SweepConfig, targets: Sequence[Target]) -> tuple[Utility, ...]:
@@ -231,7 +235,7 @@ def _trainings(config: SweepConfig, setup: Setup, targets: Sequence[Target]) -> 
     )
     common = {
         "version": __version__,
-        "model": _model(setup, model_hash(victim)),
+        "model": model_identity(setup),
         "data": batch_hash(victim, load_all(setup, options.examples)),
         "training": asdict(training),
         "seed": config.seed,
@@ -242,8 +246,30 @@ def _trainings(config: SweepConfig, setup: Setup, targets: Sequence[Target]) -> 
         yield UtilityJob(key, setup, target.protocol, target.defense, training, options.examples, config.seed)
 
 
-def _model(setup: Setup, hash: str) -> list[str | None]:
-    return [setup.model, hash, setup.task, setup.lora, setup.mode, setup.normalisation]
+def _bounds(
+    config: SweepConfig, setup: Setup, targets: Sequence[Target], examples: Sequence[str]
+) -> Iterator[BoundJob]:
+    options = config.bounds
+    if not options.on:
+        return
+    common = {
+        "version": __version__,
+        "model": model_identity(setup),
+        "options": options.model_dump(),
+        "seed": config.seed,
+    }
+    for target in targets:
+        count = target.round.num_examples
+        names = {"protocol": target.protocol, "defense": target.defense, "examples": examples[:count]}
+        yield BoundJob(
+            digest({"bounds": common} | names),
+            setup,
+            target.protocol,
+            target.defense,
+            count,
+            config.seed,
+            options,
+        )
 
 
 # ------------------------------------------------------------------ keys
@@ -257,7 +283,7 @@ class _Namer:
     setup: Setup
     policy: str
     metrics: tuple[str, ...]
-    model: str
+    model: tuple[str | None, ...]
     examples: tuple[str, ...]
 
     def runs(self, target: Target, attack: str, adversary: Adversary) -> tuple[RunJob, ...]:
@@ -293,7 +319,7 @@ class _Namer:
         config, setup, first = self.config, self.setup, group * count
         specification = {
             "version": __version__,
-            "model": _model(setup, self.model),
+            "model": self.model,
             "examples": self.examples[first : first + count],
             "protocol": protocol,
             "defense": defense,

@@ -16,7 +16,7 @@ from leakaudit.errors import InputError
 from leakaudit.formats.phrases import first_line
 from leakaudit.results import Value
 from leakaudit.sweep.engine import DIED, TRIES, Finished
-from leakaudit.sweep.jobs import Job
+from leakaudit.sweep.work import Job
 
 
 @dataclass(frozen=True)

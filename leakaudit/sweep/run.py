@@ -14,10 +14,10 @@ from leakaudit.sweep.assemble import assemble
 from leakaudit.sweep.config import SweepConfig
 from leakaudit.sweep.engine import Engine, local_engine
 from leakaudit.sweep.folder import open_folder
-from leakaudit.sweep.jobs import Job
 from leakaudit.sweep.outputs import check_outputs, write_outputs
 from leakaudit.sweep.plan import plan_sweep
 from leakaudit.sweep.ray_engine import RayEngine, check_ray
+from leakaudit.sweep.work import Job
 from leakaudit.sweep_results import Run, SweepResult
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from leakaudit.atomic import sha256_of
 from leakaudit.data import PrivateBatch
 from leakaudit.errors import InputError
 from leakaudit.formats.checkpoint import parameters_sha256
@@ -133,9 +135,25 @@ def load_pool(setup: Setup) -> Any:
     return medium_of(victim).read_pool(None, blank)
 
 
-def model_hash(victim: Victim) -> str:
-    """Of parameters and buffers: in eval mode BatchNorm's averages change the update too."""
-    return parameters_sha256({**victim.params, **victim.frozen, **victim.buffers})
+def model_identity(setup: Setup) -> list[str | None]:
+    """What makes the model another one: its code, as far as the spec's file and the module's own description
+    show it, its parameters and buffers, and how it is used.  Where its file lies does not matter.
+
+    Buffers count because in eval mode BatchNorm's averages change the update.
+    """
+    victim = load_model(setup)
+    target, _, function = setup.model.rpartition(":")
+    file = Path(target) if target.endswith(".py") else None
+    return [
+        setup.model if file is None else f"{file.name}:{function}",
+        None if file is None else sha256_of(file),
+        repr(victim.module),
+        parameters_sha256({**victim.params, **victim.frozen, **victim.buffers}),
+        setup.task,
+        setup.lora,
+        setup.mode,
+        setup.normalisation,
+    ]
 
 
 def example_hashes(setup: Setup) -> list[str]:
