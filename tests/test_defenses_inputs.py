@@ -533,6 +533,10 @@ def test_soteria_over_several_steps() -> None:
     view, x, y = shared([Soteria(prune=0.3)], Round(1, 3, learning_rate=0.1))
     assert Soteria(prune=0.3).adapt(view).residual(x, y) < 1e-5
     assert view.residual(x, y) > 0.3
+    view, x, y = shared([Soteria(prune=0.5)], Round(1, 3, learning_rate=0.3))  # the features change
+    adapted = Soteria(prune=0.5).adapt(view)
+    assert "5.weight" not in adapted.observed
+    assert adapted.residual(x, y) < 0.2 * view.residual(x, y)
     view, x, y = shared([Soteria(prune=0.3)], Round(2, 3, learning_rate=0.01))
     assert Soteria(prune=0.3).adapt(view).residual(x, y) < 0.1 * view.residual(x, y)
 

@@ -56,20 +56,21 @@ class Soteria(Defense):
     def adapt(self, view: View) -> View:
         """Matches what the defense leaves as it was.
 
-        Of one example, the columns left out are zero, which shows; the simulated client does not train them
-        either.  Where fewer columns are zero than are left out (of a batch, or under noise), the whole weight is
-        left out of matching; what then remains unexplained after several steps is that the layers before the
-        defended one saw it train differently.
+        Columns of the weight that never train are zero, which shows: the simulated client does not train them
+        either.  Where fewer are zero than are left out of one example (of a batch, under noise, or when
+        the features left out change from step to step), the whole weight is left out of matching as well; after
+        several steps the layers before it are then not explained to the last digit, as they saw it train
+        differently.
         """
         name, linear = self._layer(view.victim)
         weight = f"{name}.weight" if name else "weight"
         if weight not in view.observed:
             return view
         silent = ~view.observed[weight].any(dim=0)
-        if int(silent.sum()) >= self._count(linear.in_features):
-            return replace(view, client=_holding(view.client, weight, silent))
+        if bool(silent.any()):
+            view = replace(view, client=_holding(view.client, weight, silent))
         rest = [key for key in view.observed if key != weight]
-        if not rest:
+        if not rest or int(silent.sum()) >= self._count(linear.in_features):
             return view
         slack = None if view.slack is None else view.slack.select(rest)
         return replace(view, observed=view.observed.select(rest), slack=slack)
