@@ -22,7 +22,7 @@ from leakaudit.execution import OnProgress, Plan, progress, run_attacks
 from leakaudit.formats.phrases import counted
 from leakaudit.formats.writing import save_tensors
 from leakaudit.hypotheses import Sweep
-from leakaudit.illustration import Yardstick, illustrate
+from leakaudit.illustration import Yardstick, decoded, illustrate
 from leakaudit.inspection import Inspection
 from leakaudit.judgement import DISCRETE, floor_control, judge
 from leakaudit.media import Medium, medium_of
@@ -215,7 +215,7 @@ def _judge(
 
 def _save_reconstruction(folder: Path, view: View, outcome: Outcome) -> None:
     assert outcome.best is not None
-    tensors, metadata = medium_of(view.victim).contents(outcome.best.found, view)
+    tensors, metadata = medium_of(view.victim).contents(decoded(outcome.best.found, view), view)
     metadata = {**metadata, "attack": outcome.chosen.spec}
     save_tensors(folder / "reconstruction.safetensors", tensors, metadata)
 
