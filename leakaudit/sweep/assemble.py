@@ -15,12 +15,14 @@ from leakaudit.policy import Policy
 from leakaudit.results import Value
 from leakaudit.subject import pick_device
 from leakaudit.sweep.jobs import RunJob
-from leakaudit.sweep.plan import CellPlan, SweepPlan
+from leakaudit.sweep.plan import NO_DEFENSE, CellPlan, SweepPlan, Target
 from leakaudit.sweep.target_jobs import Bounds
 from leakaudit.sweep_results import Cell, Run, SweepResult, Utility
 
 MAJORITY = 0.5
 """The control passes when the undefended attack breaks the policy on more than this share of its examples."""
+
+UNAWARE = "Only an adversary who does not know the defense was tried, and a real one may know it."
 
 Results = Mapping[str, Value]
 """By the key of the job."""
@@ -74,6 +76,8 @@ def _cell(plan: SweepPlan, planned: CellPlan, results: Results) -> Cell:
     control = _passed(_runs(planned.control, results), plan.policy)
     verdict, reasons = judge_cell(runs, plan.policy, plan.config.quantile, control)
     target = planned.target
+    if verdict == "not-recovered" and not _known_to_some(plan, target):
+        verdict, reasons = "inconclusive", [*reasons, UNAWARE]
     return Cell(
         protocol=target.protocol,
         defense=target.defense,
@@ -85,6 +89,13 @@ def _cell(plan: SweepPlan, planned: CellPlan, results: Results) -> Cell:
         verdict=verdict,
         reasons=reasons,
         control=control,
+    )
+
+
+def _known_to_some(plan: SweepPlan, target: Target) -> bool:
+    """Whether an adversary who knows the target's defense attacks it, or there is no defense to know."""
+    return target.defense == NO_DEFENSE or any(
+        cell.target == target and cell.adversary == "adaptive" for cell in plan.cells
     )
 
 

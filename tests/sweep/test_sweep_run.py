@@ -74,6 +74,13 @@ def test_verdicts_controls_and_scores(result: SweepResult) -> None:
     assert "in 2 of 2 runs" in result.notes[0]
 
 
+def test_an_adversary_who_does_not_know_the_defense_proves_nothing_by_failing(tmp_path: Path) -> None:
+    result = swept(tmp_path, defenses=["gaussian-noise:std=10.0"], adversaries=["oblivious"])
+    assert [cell.verdict for cell in result.cells] == ["leaks", "inconclusive"]
+    assert "does not know the defense" in result.cells[1].reasons[-1]
+    assert result.exit_code == 3
+
+
 def test_the_control_row_fails_no_build(result: SweepResult) -> None:
     assert result.exit_code == 1
     assert result.gate.broken == [
