@@ -18,7 +18,6 @@ from leakaudit.capture import Captured, capture
 from leakaudit.defenses.naming import Parts, adapted, parse_defense
 from leakaudit.execution import Plan
 from leakaudit.formats.loading import SharedUpdate
-from leakaudit.formats.phrases import first_line
 from leakaudit.inspection import Inspection
 from leakaudit.judgement import NOUNS
 from leakaudit.media import medium_of
@@ -30,6 +29,7 @@ from leakaudit.results import AuditResult, ExampleScores, Trial
 from leakaudit.subject import learn
 from leakaudit.sweep.protocols import round_of
 from leakaudit.sweep.setup import Setup, load_examples, load_model, load_pool
+from leakaudit.sweep.work import one_line
 from leakaudit.sweep_results import Adversary, Example, Frame, Run
 from leakaudit.threat import View, see
 from leakaudit.update import Update
@@ -83,7 +83,7 @@ class RunJob:
         except Exception as error:  # one failed run is not the end of the sweep
             text = traceback.format_exc()
             write_atomically(folder / ERROR_NAME, text.encode("utf-8", "replace"))
-            run = self.failed(first_line(error))
+            run = self.failed(one_line(error))
         run = run.model_copy(update={"seconds": time.monotonic() - began})
         if run.status != "interrupted":
             shutil.rmtree(folder / "attempts", ignore_errors=True)

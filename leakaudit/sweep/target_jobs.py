@@ -13,7 +13,6 @@ from pydantic import ValidationError
 from leakaudit.atomic import write_atomically
 from leakaudit.bounds import target_bounds
 from leakaudit.defenses.naming import parse_defense
-from leakaudit.formats.phrases import first_line
 from leakaudit.media import medium_of
 from leakaudit.models.victim import Victim
 from leakaudit.randomness import fork
@@ -23,6 +22,7 @@ from leakaudit.sweep.jobs import look, shared_update
 from leakaudit.sweep.protocols import round_of
 from leakaudit.sweep.setup import Setup, fresh_model, load_all, load_examples, load_model
 from leakaudit.sweep.utility import Training, measure_utility
+from leakaudit.sweep.work import one_line
 from leakaudit.sweep_results import Bound, Utility
 
 TARGETS = "targets"
@@ -156,6 +156,6 @@ def _keep(root: Path, key: str, find: Callable[[], Found], failed: Callable[[str
     except Exception as error:  # one failed target is not the end of the sweep
         text = traceback.format_exc().encode("utf-8", "replace")
         write_atomically(path.with_suffix(".error.txt"), text, make_folder=True)
-        found = failed(first_line(error))
+        found = failed(one_line(error))
     write_atomically(path, (found.model_dump_json(indent=1) + "\n").encode(), make_folder=True)
     return found

@@ -9,6 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
+from leakaudit.errors import LeakauditError
+from leakaudit.formats.phrases import first_line
 from leakaudit.results import Value
 
 
@@ -27,3 +29,8 @@ class Job(Protocol):
 
     def failed(self, error: str) -> Value:
         """The result when the process that did it died."""
+
+
+def one_line(error: Exception) -> str:
+    """What went wrong, as a result says it: our own errors are one line already."""
+    return str(error) if isinstance(error, LeakauditError) else first_line(error)

@@ -197,6 +197,14 @@ def test_a_failed_cell_is_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert timeless(again.model_dump()) == timeless(result.model_dump()), "what failed is not tried again"
 
 
+def test_our_own_errors_are_told_whole(tmp_path: Path) -> None:
+    """DP-SGD cannot clip examples that BatchNorm mixes; the message is longer than what strangers' errors get."""
+    result = swept(tmp_path, model=f"{tmp_path}/models.py:norm", defenses=["dp-sgd"], images=1)
+    (error,) = {run.error for cell in result.cells if cell.defense == "dp-sgd" for run in cell.runs}
+    assert "BatchNorm" in error
+    assert not error.endswith("...")
+
+
 def test_an_attack_that_cannot_run_is_a_failure_that_says_why(tmp_path: Path) -> None:
     result = swept(tmp_path, attacks=["patch-embedding"], images=1, defenses=["clip"])
     (run,) = result.cells[0].runs
