@@ -38,7 +38,7 @@ PRIOR_WEIGHT = 1e-8
 NEGLIGIBLE = 0.01
 ANNEALING = (30.0, 10.0, 3.0)
 """How much larger the noise is taken to be, step by step, before its real size."""
-ANNEALING_STEPS = 6
+ANNEALING_STEPS = 3
 STALLED_AFTER = 5
 MEASURE_EVERY = 10
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from leakaudit.attacks.base import Monitor, Reconstruction
+from leakaudit.attacks.disturbance import errors_of
 from leakaudit.attacks.head import effective_rank, exact, storage_precision
 from leakaudit.attacks.labels import match_labels
 from leakaudit.models.victim import Victim
@@ -352,6 +353,8 @@ def _record(
 ) -> bool:
     """Simulate the update of the examples found, the rest filled with the mean image; True to stop."""
     images = _to_images(view.victim, layer, found[: view.round.num_examples])
+    if errors_of(view):  # noise leads out of the box, where no picture is
+        images = view.victim.space.project(images)
     missing = view.round.num_examples - len(images)
     x = torch.cat([images, images.new_zeros(missing, *view.victim.space.shape)])
     y, _ = match_labels(view, x, generator)

@@ -18,6 +18,7 @@ from leakaudit.attacks.gradient_matching import DLG, IDLG, TV_PATH, TotalVariati
 from leakaudit.attacks.jacobian import System
 from leakaudit.attacks.labels import likely_labels
 from leakaudit.attacks.levenberg_marquardt import LevenbergMarquardt
+from leakaudit.attacks.linear import Linear
 from leakaudit.attacks.matching import fitted, outside, squared
 from leakaudit.attacks.optimise import Matching
 from leakaudit.defenses.base import after
@@ -275,3 +276,20 @@ def test_levenberg_marquardt_weighs_by_the_spread_without_a_scale_too() -> None:
     scaled, unscaled = (error(attack.run(v, fork(0, "a"), Monitor()).x, x) for v in (noisy, free))
     assert max(scaled, unscaled) < 5e-3
     assert unscaled == pytest.approx(scaled, rel=0.5)
+
+
+def test_the_closed_form_stays_in_the_box_under_known_noise() -> None:
+    """The truth lies in the box, so the nearest point in it is never further away."""
+    clean = view_of(victim_of("mlp"))
+    x, _ = private_batch()
+    std = float(clean.observed["1.bias"].norm())  # of the weight alone: an error of 1 in model inputs
+    gains = []
+    for seed in range(5):
+        noisy = {**clean.observed, "1.weight": disturbed(clean, std, seed).observed["1.weight"]}
+        oblivious = replace(clean, observed=Update(noisy))
+        adaptive = replace(oblivious, spread={"1.weight": std})
+        aware, blind = (Linear().run(v, fork(0, "a"), Monitor()).x for v in (adaptive, oblivious))
+        assert torch.equal(aware, SPACE.project(aware))
+        gains.append(float((blind - x).square().mean() - (aware - x).square().mean()))
+    assert min(gains) >= 0
+    assert max(gains) > 0
