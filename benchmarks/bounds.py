@@ -7,7 +7,16 @@ Noise is given as a share of the gradient's rms.  The attack is levenberg-marqua
 smoothness prior (maximum a posteriori) and without (maximum likelihood); both figures are mean squared errors
 per pixel of [0, 1].
 
-RESULT
+Photo 0 of CIFAR-10's test set, seed 0, 100 classes, condition number 4300, one draw of the noise, --iterations 25;
+15 minutes on one busy x86-64 core, torch 2.15:
+
+    noise/rms | Cramer-Rao | Bayesian | MAP attack | ML attack
+         0.1% |     7.4e-6 |   7.1e-6 |     6.9e-6 |    8.6e-6
+           1% |     7.4e-4 |   2.8e-4 |     2.9e-4 |    7.2e-4
+          10% |     0.074  |   0.0019 |     0.0030 |    0.032
+
+The box of [0, 1] is a prior too: it is why maximum likelihood comes below Cramer-Rao at 10 %.  With photo 1, and with
+seed 1, both of 10 classes, the Cramer-Rao figure at 0.1 % is 5.3e-5 and 6.5e-5.
 """
 
 from __future__ import annotations
