@@ -26,7 +26,7 @@ from leakaudit.report.sweep_summary import (
     utility_of,
     worst_score,
 )
-from leakaudit.sweep_results import Bound, Cell, SweepResult, Utility
+from leakaudit.sweep_results import NO_DEFENSE, Bound, Cell, SweepResult, Utility
 
 WIDTH, HEIGHT = 440, 300
 LEFT, RIGHT, TOP, BOTTOM = 54, 16, 16, 44
@@ -205,11 +205,11 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
 
 def colour_of(families: Sequence[str], family: str) -> str:
     """The class of a family's colour; grey without a defense."""
-    return "plain" if family == "none" else f"hue-{families.index(family) % COLOURS}"
+    return "plain" if family == NO_DEFENSE else f"hue-{families.index(family) % COLOURS}"
 
 
 def families_of(result: SweepResult) -> list[str]:
-    return list(dict.fromkeys(cell.family for cell in result.cells if cell.family != "none"))
+    return list(dict.fromkeys(cell.family for cell in result.cells if cell.family != NO_DEFENSE))
 
 
 # privacy against utility
@@ -240,7 +240,7 @@ def _utility_plot(result: SweepResult, yard: Yardstick, protocol: str) -> Plot |
     y = _score_axis(yard, [p.score for p in points], HEIGHT - BOTTOM, TOP)
     frontier = pareto([(p.accuracy, yard.leakage(p.score)) for p in points])
     families = families_of(result)
-    strokes = _threshold_stroke(yard, y, vertical=False)
+    strokes = [_threshold_stroke(yard, y, vertical=False)]
     if len(frontier) > 1:
         strokes.append(
             _staircase([(x.at(100 * points[i].accuracy), y.at(points[i].score)) for i in frontier])
@@ -289,7 +289,7 @@ def _utility_plot(result: SweepResult, yard: Yardstick, protocol: str) -> Plot |
                 if len(frontier) > 1
                 else []
             ),
-            *_threshold_key(yard),
+            _threshold_key(yard),
         ],
         listed=listed,
         remarks=[left_out] if left_out else [],
@@ -325,23 +325,19 @@ def _staircase(places: Sequence[tuple[float, float]]) -> Stroke:
 
 def _score_axis(yard: Yardstick, scores: Iterable[float], start: float, end: float) -> Axis:
     """Along the metric, in the direction of more leakage."""
-    values = [*scores, *([yard.threshold.value] if yard.threshold else [])]
+    values = [*scores, yard.threshold.value]
     make = log_axis if yard.metric == "mse" else linear_axis
     return make(values, start, end) if yard.higher_leaks else make(values, end, start)
 
 
-def _threshold_stroke(
-    yard: Yardstick, axis: Axis, vertical: bool, length: float = HEIGHT - BOTTOM
-) -> list[Stroke]:
-    if yard.threshold is None:
-        return []
+def _threshold_stroke(yard: Yardstick, axis: Axis, vertical: bool, length: float = HEIGHT - BOTTOM) -> Stroke:
     place = axis.at(yard.threshold.value)
     points = f"{place},{TOP} {place},{length}" if vertical else f"{LEFT},{place} {WIDTH - RIGHT},{place}"
-    return [Stroke(points, "threshold", f"policy: {yard.threshold}")]
+    return Stroke(points, "threshold", f"policy: {yard.threshold}")
 
 
-def _threshold_key(yard: Yardstick) -> list[Key]:
-    return [Key("threshold", f"policy {yard.threshold}", line=True)] if yard.threshold else []
+def _threshold_key(yard: Yardstick) -> Key:
+    return Key("threshold", f"policy {yard.threshold}", line=True)
 
 
 # adaptive against oblivious
@@ -388,7 +384,7 @@ def _gap(result: SweepResult, yard: Yardstick, pair: Pair) -> _Gap | None:
 
 def _gap_plot(result: SweepResult, yard: Yardstick, title: str, gaps: Sequence[_Gap], axis: Axis) -> Plot:
     height = TOP + ROW_HEIGHT * len(gaps) + 6 + BOTTOM
-    strokes = _threshold_stroke(yard, axis, vertical=True, length=height - BOTTOM)
+    strokes = [_threshold_stroke(yard, axis, vertical=True, length=height - BOTTOM)]
     marks, notes = [], []
     for place, gap in enumerate(gaps):
         y = TOP + ROW_HEIGHT * place + 21.0
@@ -409,7 +405,7 @@ def _gap_plot(result: SweepResult, yard: Yardstick, title: str, gaps: Sequence[_
         strokes=strokes,
         marks=marks,
         notes=notes,
-        keys=[Key("ring", "oblivious"), Key("full", "adaptive"), *_threshold_key(yard)],
+        keys=[Key("ring", "oblivious"), Key("full", "adaptive"), _threshold_key(yard)],
         height=height,
         left=SIDE,
     )
@@ -582,7 +578,7 @@ def _squared_error(scores: dict[str, float | None]) -> float | None:
 # differential privacy: noise, epsilon, attack, bound and accuracy together
 
 
-def privacy_plots(result: SweepResult, policy: Policy | None) -> list[Plot]:
+def privacy_plots(result: SweepResult, policy: Policy) -> list[Plot]:
     """Success of attacks, what theory allows, accuracy and epsilon, one chart a protocol and family.
 
     For families with an epsilon, or with a bound on the probability of success, somewhere.
@@ -591,7 +587,7 @@ def privacy_plots(result: SweepResult, policy: Policy | None) -> list[Plot]:
     return [plot for plot in plots if plot is not None]
 
 
-def _privacy_plot(result: SweepResult, family: _Family, policy: Policy | None) -> Plot | None:
+def _privacy_plot(result: SweepResult, family: _Family, policy: Policy) -> Plot | None:
     epsilons = {item.strength: epsilon_of(result, item.cell) for item in family.cells}
     limits = _limits(result, family)
     if not limits and not any(epsilon is not None for epsilon in epsilons.values()):
@@ -666,7 +662,7 @@ def _trained(x: Axis, y: Axis, accuracies: Sequence[tuple[float, Utility]]) -> _
     return strokes, marks
 
 
-def _reached(x: Axis, y: Axis, family: _Family, policy: Policy | None) -> _Drawn:
+def _reached(x: Axis, y: Axis, family: _Family, policy: Policy) -> _Drawn:
     """How often attacks broke the policy."""
     strokes, marks = [], []
     for item in family.cells:
