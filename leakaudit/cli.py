@@ -524,9 +524,11 @@ def baseline(
 
 @app.command("list")
 def list_names(
-    what: Annotated[str, typer.Argument(help="attacks, defenses, models or metrics.", show_default=False)],
+    what: Annotated[
+        str, typer.Argument(help="attacks, defenses, protocols, models or metrics.", show_default=False)
+    ],
 ) -> None:
-    """Name what there is: attacks, defenses, models or metrics."""
+    """Name what there is: attacks, defenses, protocols, models or metrics."""
     from leakaudit.listing import tables
 
     known = tables()

@@ -7,23 +7,21 @@ script or style but its own.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any
 
 from leakaudit.atomic import write_atomically
 from leakaudit.gate import policy_of
 from leakaudit.policy import Policy
 from leakaudit.report import sweep_summary, words
 from leakaudit.report.folder import REPORT_NAME
-from leakaudit.report.pages import asset, environment, policy_hash
+from leakaudit.report.pages import asset, environment, json_text, policy_hash
 from leakaudit.report.sweep_album import Album, Shot
-from leakaudit.report.sweep_charts import error_plots, gap_plots, privacy_plots, utility_plots
+from leakaudit.report.sweep_charts import gap_plots, utility_plots
 from leakaudit.report.sweep_redact import redact_sweep
 from leakaudit.report.sweep_summary import (
     STATES,
@@ -45,6 +43,7 @@ from leakaudit.report.sweep_summary import (
     worst_of,
     yardstick,
 )
+from leakaudit.report.sweep_theory_charts import error_plots, privacy_plots
 from leakaudit.report.tokens import Sentence, sentence
 from leakaudit.results import Token
 from leakaudit.sweep_results import RUNS, Bound, Cell, Example, Run, SweepResult, Utility
@@ -228,7 +227,7 @@ def render_sweep(result: SweepResult, folder: Path | None, redact: bool = False,
             left_out=album.left_out,
             levels=LEVELS,
             choices=_choices(result, cells),
-            config=_as_text(result.config),
+            config=json_text(result.config, MAX_CONFIG_CHARACTERS, "the sweep's JSON"),
             css=css,
             script=script,
             css_hash=policy_hash(css),
@@ -496,14 +495,3 @@ def _choices(result: SweepResult, cells: Sequence[CellView]) -> list[tuple[str, 
     ]
     unique = [(name, label, list(dict.fromkeys(values))) for name, label, values in found]
     return [choice for choice in unique if len(choice[2]) > 1]
-
-
-def _as_text(data: dict[str, Any]) -> str:
-    if not data:
-        return ""
-    text = json.dumps(data, indent=1, ensure_ascii=False, default=str)
-    return (
-        text
-        if len(text) <= MAX_CONFIG_CHARACTERS
-        else f"{text[:MAX_CONFIG_CHARACTERS]}\n… (the rest is in the sweep's JSON)"
-    )

@@ -12,17 +12,8 @@ from sweep_page_samples import empty_sweep, photo_sweep, small_sweep, text_sweep
 
 from leakaudit.gate import policy_of
 from leakaudit.policy import parse_policy
-from leakaudit.report.sweep_charts import (
-    Axis,
-    error_plots,
-    gap_plots,
-    linear_axis,
-    log_axis,
-    pareto,
-    privacy_plots,
-    run_errors,
-    utility_plots,
-)
+from leakaudit.report.sweep_charts import gap_plots, pareto, utility_plots
+from leakaudit.report.sweep_plots import Axis, linear_axis, log_axis
 from leakaudit.report.sweep_summary import (
     base_of,
     bound_text,
@@ -38,6 +29,7 @@ from leakaudit.report.sweep_summary import (
     worst_score,
     yardstick,
 )
+from leakaudit.report.sweep_theory_charts import error_plots, privacy_plots, run_errors
 from leakaudit.sweep_results import Adversary, Cell, Example, Gate, Run, RunStatus, SweepResult
 
 SWEEP = small_sweep(None)
