@@ -28,9 +28,6 @@ from leakaudit.sweep_results import Curve, Utility
 if TYPE_CHECKING:
     from leakaudit.text_data import PrivateText
 
-OnStep = Callable[[int, int], None]
-"""Called with (steps done, steps of all seeds)."""
-
 _TOKEN_TASKS = {
     "mlm": "accuracy is of the masked words: share of them the model finds",
     "causal-lm": "accuracy is of the next token: share of them the model finds",
@@ -93,8 +90,6 @@ def measure_utility(
     defense: str,
     seed: int,
     fresh: Callable[[int], Victim] | None = None,
-    on_step: OnStep | None = None,
-    deadline: float | None = None,
 ) -> Utility:
     """Held-out accuracy after federated training with the defenses, from its seeds `seed`, `seed + 1`, ...
 
@@ -111,7 +106,6 @@ def measure_utility(
         protocol, defense: specs, for the result.
         fresh: the model initialised from a seed; None to start every seed from the victim's own parameters,
             which is fine-tuning.
-        deadline: value of `time.monotonic()` after which no step starts; None for no limit.
 
     Clients draw from one shuffled pile, so their data are alike (iid), and every example is used once an epoch.
     Equal seeds mean equal splits, batches and starts whatever the defense, so differences between
@@ -120,8 +114,8 @@ def measure_utility(
     that batches are Poisson samples; where the defense does not sample so, batches are shuffled and the
     reason says it.
 
-    `Utility.accuracy` is None, with a reason, where fewer than 2 examples can be held out, a defense
-    cannot train this model (it raises `InputError`), or the time is out before one seed is done.
+    `Utility.accuracy` is None, with a reason, where fewer than 2 examples can be held out, or a defense
+    cannot train this model (it raises `InputError`).
     Raises `InputError` for data that do not fit the model.
     """
     began = time.monotonic()
@@ -138,22 +132,17 @@ def measure_utility(
     chain = [each for _, each in defenses]
     trained_on = len(data) - held_out
     plan = training_round(round, chain, training, trained_on)
-    count = _Count(on_step, training.steps * training.seeds, deadline)
     runs: list[_Run] = []
     try:
         for run_seed in range(seed, seed + training.seeds):
             start = victim if fresh is None else fresh(run_seed).to(victim.device, victim.dtype)
-            run = _train_once(start, examples, chain, plan, training, run_seed, count)
-            if run is None:
-                break
-            runs.append(run)
+            runs.append(_train_once(start, examples, chain, plan, training, run_seed))
         spent = _epsilon(chain, plan, training, trained_on)
     except InputError as error:
         return found.model_copy(update={"reason": str(error), "seconds": time.monotonic() - began})
     task = medium_of(victim).task(victim)
     reasons = [
-        *_unfinished(runs, training),
-        *_diverged(runs, training, victim),
+        *_diverged(runs, victim),
         *([_TOKEN_TASKS[task]] if task in _TOKEN_TASKS else []),
         *([_SHUFFLED] if spent is not None and _poisson_rate(chain, plan) is None else []),
     ]
@@ -193,22 +182,6 @@ def training_round(audited: Round, defenses: Sequence[Defense], training: Traini
     )
 
 
-class _Count:
-    """Tells of the steps, and whether there is time for another."""
-
-    def __init__(self, on_step: OnStep | None, total: int, deadline: float | None) -> None:
-        self._on_step, self._total, self._deadline, self._done = on_step, total, deadline, 0
-
-    @property
-    def late(self) -> bool:
-        return self._deadline is not None and time.monotonic() > self._deadline
-
-    def step(self, steps: int = 1) -> None:
-        self._done += steps
-        if self._on_step is not None:
-            self._on_step(self._done, self._total)
-
-
 @dataclass(frozen=True)
 class _Run:
     """One seed; `diverged` is the step after which the model was not finite."""
@@ -224,9 +197,7 @@ def _train_once(
     round: Round,
     training: Training,
     seed: int,
-    count: _Count,
-) -> _Run | None:
-    """None when the time is out."""
+) -> _Run:
     trained, held_out = _split(examples, training.holdout, seed)
     victim = start.with_mode("train")
     for defense in defenses:
@@ -239,11 +210,8 @@ def _train_once(
     with _seeded_dropout(seed, victim.device):
         models = train(victim, client, tracked, round, trained, batches, training.momentum)
         for step in range(1, training.steps + 1):
-            if count.late:
-                return None
             params, buffers = next(models)
             if not _finite(params):
-                count.step(training.steps - step + 1)
                 later = sorted(each for each in training.evaluated if each >= step)
                 chance = 1 / start.num_classes
                 curve = Curve(seed=seed, points=points + [(each, chance) for each in later])
@@ -251,7 +219,6 @@ def _train_once(
             if step in training.evaluated:
                 now = replace(evaluated, params=dict(params), buffers=buffers)
                 points.append((step, accuracy(now, held_out)))
-            count.step()
     return _Run(Curve(seed=seed, points=points))
 
 
@@ -322,13 +289,7 @@ def _epsilon(
     return (min(known), delta) if known else None
 
 
-def _unfinished(runs: Sequence[_Run], training: Training) -> list[str]:
-    if len(runs) == training.seeds:
-        return []
-    return [f"out of time after {len(runs)} of {counted(training.seeds, 'seed')}"]
-
-
-def _diverged(runs: Sequence[_Run], training: Training, victim: Victim) -> list[str]:
+def _diverged(runs: Sequence[_Run], victim: Victim) -> list[str]:
     steps = [run.diverged for run in runs if run.diverged is not None]
     if not steps:
         return []

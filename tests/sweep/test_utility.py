@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,7 +27,6 @@ from leakaudit.models.victim import Params, Victim
 from leakaudit.models.zoo import load_victim
 from leakaudit.randomness import fork
 from leakaudit.rounds import ClientUpdate, Round, client_update, mean_update
-from leakaudit.sweep import utility
 from leakaudit.sweep.federated_training import Examples, TrackedClient, accuracy, shuffled, split, train
 from leakaudit.sweep.utility import Training, measure_utility, training_round
 from leakaudit.sweep_results import Utility
@@ -473,40 +471,6 @@ def test_few_examples_are_enough() -> None:
     training = replace(SHORT, steps=2, evaluations=1)
     found = measured(data=patterns(10), round=Round(64, 1, None, 0.1, 16), training=training)
     assert found.accuracy is not None
-
-
-@pytest.mark.parametrize(("last", "finished"), [(3, 0), (30, 1), (48, 2)])
-def test_time_out_keeps_the_seeds_that_finished(
-    monkeypatch: pytest.MonkeyPatch, last: int, finished: int
-) -> None:
-    clock = SimpleNamespace(monotonic=lambda: 0.0)
-    monkeypatch.setattr(utility, "time", clock)
-
-    def on_step(done: int, total: int) -> None:
-        assert total == 48
-        if done == last:
-            clock.monotonic = lambda: 9.0
-
-    found = measure_utility(
-        victim_of("smooth"), patterns(), [], Round(1), SHORT, protocol="p", defense="none", seed=0,
-        on_step=on_step, deadline=5.0,
-    )  # fmt: skip
-    whole = measured()
-    assert found.curves == whole.curves[:finished]
-    if finished == 2:
-        assert (found.accuracy, found.reason) == (whole.accuracy, "")
-    else:
-        assert (found.accuracy is None) == (finished == 0)
-        assert found.reason == f"out of time after {finished} of 2 seeds"
-
-
-def test_every_step_is_told() -> None:
-    told: list[tuple[int, int]] = []
-    measure_utility(
-        victim_of("smooth"), patterns(), [], Round(1), replace(SHORT, steps=3, evaluations=1),
-        protocol="p", defense="none", seed=0, on_step=lambda done, total: told.append((done, total)),
-    )  # fmt: skip
-    assert told == [(done, 6) for done in range(1, 7)]
 
 
 def test_data_that_do_not_fit_are_refused() -> None:
