@@ -25,7 +25,8 @@ from leakaudit.models.victim import Victim
 from leakaudit.models.zoo import NORMALISATIONS, load_victim
 from leakaudit.rounds import Round
 from leakaudit.spec import parse
-from leakaudit.sweep.utility import Training, measure_utility, summary
+from leakaudit.sweep.curves import summary
+from leakaudit.sweep.utility import Training, measure_utility
 from leakaudit.sweep_results import Utility
 
 MODELS = ("lenet:init=uniform", "lenet", "lenet:activation=relu")

@@ -20,7 +20,7 @@ from leakaudit.attacks.jacobian import Spectrum, System, plan
 from leakaudit.attacks.levenberg_marquardt import smoothness_matrix
 from leakaudit.attacks.spans import attention_span
 from leakaudit.defenses import DPSGD, Defense
-from leakaudit.defenses.dp_sgd import epsilon_spent
+from leakaudit.defenses.accounting import check_mechanism, epsilon_spent
 from leakaudit.errors import InputError
 from leakaudit.formats.phrases import counted, first_line
 from leakaudit.models.language import LanguageVictim
@@ -206,7 +206,7 @@ NEIGHBOURS = (
 
 
 def dp_epsilon(target: Target, mechanism: Mechanism, delta: float) -> Bound:
-    """Epsilon at `delta`, by `leakaudit.defenses.dp_sgd.epsilon_spent`."""
+    """Epsilon at `delta`, by `leakaudit.defenses.accounting.epsilon_spent`."""
     epsilon, accountant = epsilon_spent(
         mechanism.noise_multiplier, mechanism.sample_rate, mechanism.steps, delta
     )
@@ -314,7 +314,9 @@ def greatest_success(
     Where there are more than `MOST_STEPS` steps, or where it is smaller, the closed form stands: sampling only helps.
     Raises `InputError` for a value out of range.
     """
-    _check(noise_multiplier, sample_rate, steps, prior)
+    check_mechanism(noise_multiplier, sample_rate, steps)
+    if not 0 < prior < 1:
+        raise InputError(f"prior={prior}: accepted are probabilities between 0 and 1")
     shift = math.sqrt(steps) / noise_multiplier
     closed = float(stats.norm.cdf(stats.norm.ppf(prior) + shift))
     without = Success(closed, closed, 1.0, "closed form")
@@ -335,17 +337,6 @@ def greatest_success(
         return replace(without, estimate=min(estimate, closed))
     method = f"Monte Carlo of {draws:,} draws, {confidence:.0%} Clopper-Pearson limit"
     return Success(max(limit, prior), estimate, confidence, method)
-
-
-def _check(noise_multiplier: float, sample_rate: float, steps: int, prior: float) -> None:
-    if not 0 < noise_multiplier < math.inf:
-        raise InputError(f"noise_multiplier={noise_multiplier}: accepted are numbers above 0")
-    if not 0 < sample_rate <= 1:
-        raise InputError(f"sample_rate={sample_rate}: accepted are numbers above 0, up to 1")
-    if steps < 1:
-        raise InputError(f"steps={steps}: accepted are 1 and above")
-    if not 0 < prior < 1:
-        raise InputError(f"prior={prior}: accepted are probabilities between 0 and 1")
 
 
 def _log_ratios(

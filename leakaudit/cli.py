@@ -489,9 +489,10 @@ def report(
     redact: Annotated[bool, typer.Option("--redact", help="Leave the originals out.")] = False,
 ) -> None:
     """Write the HTML report of a finished run: one file, without remote requests."""
-    from leakaudit.gate import SWEEP_NAME, read_sweep
+    from leakaudit.gate import read_sweep
     from leakaudit.report.folder import read_run, write_page
     from leakaudit.report.sweep_page import write_sweep_page
+    from leakaudit.sweep_results import SWEEP_NAME
 
     if (run / SWEEP_NAME).is_file():
         result = read_sweep(run)
@@ -523,9 +524,11 @@ def baseline(
 
 @app.command("list")
 def list_names(
-    what: Annotated[str, typer.Argument(help="attacks, defenses, models or metrics.", show_default=False)],
+    what: Annotated[
+        str, typer.Argument(help="attacks, defenses, protocols, models or metrics.", show_default=False)
+    ],
 ) -> None:
-    """Name what there is: attacks, defenses, models or metrics."""
+    """Name what there is: attacks, defenses, protocols, models or metrics."""
     from leakaudit.listing import tables
 
     known = tables()

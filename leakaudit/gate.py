@@ -19,10 +19,17 @@ from leakaudit.atomic import write_atomically
 from leakaudit.errors import InputError
 from leakaudit.policy import Policy, Threshold, parse_policy
 from leakaudit.results import Value, VerdictStatus
-from leakaudit.sweep_results import SWEEP_SCHEMA_VERSION, Acceptance, Cell, Gate, Run, SweepResult
+from leakaudit.sweep_results import (
+    SWEEP_NAME,
+    SWEEP_SCHEMA_VERSION,
+    Acceptance,
+    Cell,
+    Gate,
+    Run,
+    SweepResult,
+)
 
 BASELINE_SCHEMA_VERSION = 1
-SWEEP_NAME = "sweep.json"
 OWN_CONTROL = "The positive control did not run"
 """How a run's audit begins the sentence that a sweep's control makes void."""
 TOLERANCE = 0.1

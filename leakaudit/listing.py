@@ -18,7 +18,13 @@ from leakaudit.text_metrics import TEXT_METRICS
 
 def tables() -> dict[str, Callable[[Console], None]]:
     """What can be listed -> a function that prints it."""
-    return {"attacks": _attacks, "defenses": _defenses, "models": _models, "metrics": _metrics}
+    return {
+        "attacks": _attacks,
+        "defenses": _defenses,
+        "protocols": _protocols,
+        "models": _models,
+        "metrics": _metrics,
+    }
 
 
 def _print(console: Console, heading: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
@@ -57,6 +63,13 @@ def _defenses(console: Console) -> None:
     rows = ((name, f"{_first_line(defense)}\n{_options(defense)}") for name, defense in defenses.items())
     _print(console, ("defense", "what it does, and its options"), rows)
     _notes(console, broken)
+
+
+def _protocols(console: Console) -> None:
+    from leakaudit.sweep.protocols import PROTOCOLS  # sweeps stand above audits
+
+    rows = ((name, f"{_first_line(protocol)}\n{_options(protocol)}") for name, protocol in PROTOCOLS.items())
+    _print(console, ("protocol", "what it does, and its options"), rows)
 
 
 def _models(console: Console) -> None:

@@ -16,6 +16,12 @@ from leakaudit.errors import EXIT_INCONCLUSIVE, EXIT_LEAKAGE, EXIT_WITHIN_POLICY
 from leakaudit.results import Token, Value, VerdictStatus
 
 SWEEP_SCHEMA_VERSION = 1
+SWEEP_NAME = "sweep.json"
+"""The result's file in the sweep's folder."""
+RUNS = "runs"
+"""The folder below it that holds the runs, each under its key."""
+NO_DEFENSE = "none"
+"""The spec, and the family, of a target without a defense."""
 
 Adversary = Literal["oblivious", "adaptive"]
 """Whether the adversary knows the defense.  Without a defense there is only the oblivious one."""
@@ -102,7 +108,7 @@ class Cell(Value):
     defense: str
     attack: str
     adversary: Adversary
-    family: str = "none"
+    family: str = NO_DEFENSE
     strength: tuple[str, float] | None = None
     runs: list[Run] = Field(default_factory=list)
     verdict: VerdictStatus = "inconclusive"

@@ -19,7 +19,7 @@ from leakaudit.attacks.base import Monitor
 from leakaudit.attacks.levenberg_marquardt import LevenbergMarquardt
 from leakaudit.bounds import Limits, greatest_success, mechanism, noise_of, target_bounds
 from leakaudit.defenses import DPSGD, ClipExamples, Defense, GaussianNoise, adapt, apply
-from leakaudit.defenses.dp_sgd import epsilon_spent
+from leakaudit.defenses.accounting import epsilon_spent
 from leakaudit.errors import InputError
 from leakaudit.randomness import fork
 from leakaudit.rounds import Round, client_update

@@ -119,7 +119,13 @@ def test_usage_errors_have_code_2(run: Runner) -> None:
 
 @pytest.mark.parametrize(
     ("what", "name"),
-    [("attacks", "idlg"), ("defenses", "top-k"), ("models", "resnet20"), ("metrics", "lpips")],
+    [
+        ("attacks", "idlg"),
+        ("defenses", "top-k"),
+        ("protocols", "fedavg"),
+        ("models", "resnet20"),
+        ("metrics", "lpips"),
+    ],
 )
 def test_list(run: Runner, what: str, name: str) -> None:
     done = run("list", what)
@@ -130,7 +136,10 @@ def test_list(run: Runner, what: str, name: str) -> None:
 def test_list_of_something_else(run: Runner) -> None:
     done = run("list", "atacks")
     assert (done.code, done.out) == (2, "")
-    assert done.err == "leakaudit: cannot list 'atacks'; accepted: attacks, defenses, models, metrics\n"
+    assert (
+        done.err
+        == "leakaudit: cannot list 'atacks'; accepted: attacks, defenses, protocols, models, metrics\n"
+    )
 
 
 # ------------------------------------------------------------------ from capture to report

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.func import jacfwd, jvp
 
 from leakaudit.defenses import DEFENSES, DPSGD, ClipExamples, Defense, TopK, adapt, apply
-from leakaudit.defenses.dp_sgd import clipping_client, epsilon_spent
+from leakaudit.defenses.accounting import epsilon_spent
+from leakaudit.defenses.dp_sgd import clipping_client
 from leakaudit.errors import InputError
 from leakaudit.models.spaces import Pixels
 from leakaudit.models.victim import Victim

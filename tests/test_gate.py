@@ -14,7 +14,6 @@ from leakaudit.cli import main
 from leakaudit.errors import InputError
 from leakaudit.gate import (
     BASELINE_SCHEMA_VERSION,
-    SWEEP_NAME,
     Baseline,
     check_baseline,
     crossed,
@@ -28,7 +27,7 @@ from leakaudit.gate import (
     write_baseline,
 )
 from leakaudit.policy import POLICY_METRICS, Policy, Threshold, parse_policy
-from leakaudit.sweep_results import Acceptance, Cell, Example, Run, SweepResult
+from leakaudit.sweep_results import SWEEP_NAME, Acceptance, Cell, Example, Run, SweepResult
 
 METRICS = ("ssim", "psnr")
 THRESHOLDS = st.builds(

@@ -13,9 +13,9 @@ from itertools import product
 
 from leakaudit.defenses import DEFENSES, Defense, adapt
 from leakaudit.spec import format_spec, parse
+from leakaudit.sweep_results import NO_DEFENSE
 from leakaudit.threat import View, known
 
-NONE = "none"
 Parts = tuple[tuple[str, Defense], ...]
 _BETWEEN = re.compile(r"\+(?=\s*[A-Za-z_])")
 """A "+" before a name; the one in 1e+3 is before a digit."""
@@ -34,7 +34,7 @@ def parse_defense(text: str) -> Parts:
 
 
 def _is_none(text: str) -> bool:
-    return text.strip() in ("", NONE)
+    return text.strip() in ("", NO_DEFENSE)
 
 
 def _parse_part(text: str) -> tuple[str, Defense]:
@@ -55,7 +55,7 @@ def _spelt(name: str, defense: Defense) -> str:
 
 def format_defense(parts: Parts) -> str:
     """The whole spec of `parts`; "none" without any."""
-    return "+".join(spec for spec, _ in parts) or NONE
+    return "+".join(spec for spec, _ in parts) or NO_DEFENSE
 
 
 def expand(text: str) -> list[str]:
@@ -66,7 +66,7 @@ def expand(text: str) -> list[str]:
     Raises `InputError` as `parse_defense` does.
     """
     if _is_none(text):
-        return [NONE]
+        return [NO_DEFENSE]
     choices = [_alternatives(part) for part in _BETWEEN.split(text)]
     specs = (format_defense(parse_defense("+".join(chain))) for chain in product(*choices))
     return list(dict.fromkeys(specs))
@@ -88,7 +88,7 @@ def _alternatives(part: str) -> list[str]:
 def family(spec: str) -> str:
     """Names without options, "+" between those of a chain; "none" without any."""
     if _is_none(spec):
-        return NONE
+        return NO_DEFENSE
     return "+".join(part.partition(":")[0].strip() for part in _BETWEEN.split(spec))
 
 

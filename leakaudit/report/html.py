@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import base64
 import html
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from leakaudit.report import words
 from leakaudit.report.charts import loss_chart
 from leakaudit.report.folder import read_picture
-from leakaudit.report.pages import asset, environment, policy_hash
+from leakaudit.report.pages import asset, environment, json_text, policy_hash
 from leakaudit.report.redact import redact as redact_result
 from leakaudit.report.tokens import Sentence, sentence, tally
 from leakaudit.report.wording import WORDINGS, Wording
@@ -217,7 +215,7 @@ def _trial_view(result: AuditResult, index: int, columns: list[str], pictures: _
         is_best=index == result.best,
         strip=[_strip_frame(frame, pictures) for frame in trial.strip],
         cells=[_cell(scores.get(name)) for name in columns],
-        details=_as_text(trial.details),
+        details=json_text(trial.details, MAX_DATA_CHARACTERS, "result.json"),
     )
 
 
@@ -268,15 +266,4 @@ def _sentence(tokens: list[Token] | None) -> Sentence | None:
 
 
 def _finding_data(finding: Finding) -> str:
-    return _as_text(finding.data)
-
-
-def _as_text(data: dict[str, Any]) -> str:
-    if not data:
-        return ""
-    text = json.dumps(data, indent=1, ensure_ascii=False, default=str)
-    return (
-        text
-        if len(text) <= MAX_DATA_CHARACTERS
-        else f"{text[:MAX_DATA_CHARACTERS]}\n… (the rest is in result.json)"
-    )
+    return json_text(finding.data, MAX_DATA_CHARACTERS, "result.json")

@@ -23,9 +23,14 @@ def redact(result: AuditResult) -> AuditResult:
             "redacted": True,
             "knowledge": [_without_given_labels(row) for row in result.knowledge],
             "trials": [_without_truth(trial, given) for trial in result.trials],
-            "command": re.sub(r"(--labels?)([ =]+)\S+", rf"\1\2{WITHHELD}", result.command),
+            "command": without_labels(result.command),
         }
     )
+
+
+def without_labels(command: str) -> str:
+    """The command line without the labels that it states."""
+    return re.sub(r"(--labels?)([ =]+)\S+", rf"\1\2{WITHHELD}", command)
 
 
 def _without_given_labels(row: KnowledgeRow) -> KnowledgeRow:
@@ -43,10 +48,11 @@ def _without_truth(trial: Trial, labels_given: bool) -> Trial:
 
 
 def _unmarked_frame(frame: Frame) -> Frame:
-    return frame.model_copy(update={"sentences": [_unmarked(tokens) for tokens in frame.sentences]})
+    return frame.model_copy(update={"sentences": [unmarked(tokens) for tokens in frame.sentences]})
 
 
-def _unmarked(tokens: list[Token]) -> list[Token]:
+def unmarked(tokens: list[Token]) -> list[Token]:
+    """Without the marks that tell which of the tokens are the original's."""
     return [token.model_copy(update={"right": None}) for token in tokens]
 
 
@@ -55,5 +61,5 @@ def _blind(example: ExampleScores, labels_given: bool) -> ExampleScores:
     if labels_given:
         hidden["recovered_label"] = None
     if example.recovered_tokens is not None:
-        hidden["recovered_tokens"] = _unmarked(example.recovered_tokens)
+        hidden["recovered_tokens"] = unmarked(example.recovered_tokens)
     return example.model_copy(update=hidden)

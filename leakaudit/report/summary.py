@@ -13,6 +13,7 @@ from pathlib import Path
 from leakaudit.errors import InputError
 from leakaudit.gate import Standing, deciding_scores, policy_of, standing
 from leakaudit.policy import Policy
+from leakaudit.report.sweep_summary import bounds_of, epsilon_of, utility_of
 from leakaudit.report.words import MISSING, plain_number, plural
 from leakaudit.sweep_results import Adversary, Bound, Cell, SweepResult, Utility
 
@@ -139,22 +140,20 @@ def _bullets(heading: str, items: Sequence[str]) -> list[str]:
 
 def _table(result: SweepResult) -> Iterator[str]:
     policy = policy_of(result)
-    utilities = {(item.protocol, item.defense): item for item in result.utilities}
     rows: dict[tuple[str, str, str], dict[Adversary, Cell]] = {}
     for cell in result.cells:
         rows.setdefault((cell.protocol, cell.defense, cell.attack), {})[cell.adversary] = cell
     yield from ("", "### Cells", "", _row(COLUMNS), _row(["---"] * len(COLUMNS)))
     for (protocol, defense, attack), pair in rows.items():
-        bounds = [b for b in result.bounds if (b.protocol, b.defense) == (protocol, defense)]
-        utility = utilities.get((protocol, defense))
+        cell = next(iter(pair.values()))
         yield _row(
             [
                 *map(code, (protocol, defense, attack)),
                 _outcome(result, policy, pair.get("oblivious")),
                 _outcome(result, policy, pair.get("adaptive")),
-                _accuracy(utility),
-                _epsilon(utility, bounds),
-                _theory(bounds),
+                _accuracy(utility_of(result, cell)),
+                plain_number(epsilon_of(result, cell)),
+                _theory(bounds_of(result, cell)),
             ]
         )
 
@@ -181,14 +180,6 @@ def _accuracy(utility: Utility | None) -> str:
     if utility.low is None or utility.high is None:
         return text
     return f"{text} ({utility.low:.3f} to {utility.high:.3f})"
-
-
-def _epsilon(utility: Utility | None, bounds: Sequence[Bound]) -> str:
-    """Of the training, where accuracy was measured; else the accountant's bound."""
-    if utility is not None and utility.epsilon is not None:
-        return plain_number(utility.epsilon)
-    values = [bound.value for bound in bounds if bound.quantity == "epsilon" and bound.value is not None]
-    return plain_number(values[0]) if values else MISSING
 
 
 def _theory(bounds: Sequence[Bound]) -> str:

@@ -7,21 +7,21 @@ script or style but its own.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any
 
 from leakaudit.atomic import write_atomically
+from leakaudit.gate import policy_of
+from leakaudit.policy import Policy
 from leakaudit.report import sweep_summary, words
 from leakaudit.report.folder import REPORT_NAME
-from leakaudit.report.pages import asset, environment, policy_hash
+from leakaudit.report.pages import asset, environment, json_text, policy_hash
 from leakaudit.report.sweep_album import Album, Shot
-from leakaudit.report.sweep_charts import error_plots, gap_plots, privacy_plots, utility_plots
+from leakaudit.report.sweep_charts import gap_plots, utility_plots
 from leakaudit.report.sweep_redact import redact_sweep
 from leakaudit.report.sweep_summary import (
     STATES,
@@ -36,7 +36,6 @@ from leakaudit.report.sweep_summary import (
     bounds_of,
     chief_bound,
     epsilon_of,
-    policy_of,
     rows_of,
     state_of,
     success_rate,
@@ -44,9 +43,10 @@ from leakaudit.report.sweep_summary import (
     worst_of,
     yardstick,
 )
+from leakaudit.report.sweep_theory_charts import error_plots, privacy_plots
 from leakaudit.report.tokens import Sentence, sentence
 from leakaudit.results import Token
-from leakaudit.sweep_results import Bound, Cell, Example, Run, SweepResult, Utility
+from leakaudit.sweep_results import RUNS, Bound, Cell, Example, Run, SweepResult, Utility
 
 LEVELS = 20
 """Steps of the heat table's colours."""
@@ -59,7 +59,6 @@ MAX_COLUMNS = 3
 SHORT_SENTENCE = 12
 LONG_SENTENCE = 64
 MAX_CONFIG_CHARACTERS = 8000
-RUNS = "runs"
 
 
 @dataclass(frozen=True)
@@ -195,13 +194,13 @@ def render_sweep(result: SweepResult, folder: Path | None, redact: bool = False,
     yard = yardstick(result)
     policy = policy_of(result)
     album = Album(folder)
-    metrics = _columns(result, yard)
+    columns = _columns(policy, yard)
     tables = _heat_tables(result, yard, album)
     strips = [_strip(cell, yard, album) for cell in result.cells]
     shown = _shown(result, yard, album)
     reports = _Reports(None if result.redacted else folder, links)
     cells = [
-        _cell_view(result, index, metrics, shown[index], strips[index], reports)
+        _cell_view(result, index, columns, shown[index], strips[index], reports)
         for index in range(len(shown))
     ]
     css, script = asset("audit.css", "sweep.css"), asset("copy.js", "sweep.js")
@@ -213,7 +212,7 @@ def render_sweep(result: SweepResult, folder: Path | None, redact: bool = False,
             yard=yard,
             tables=tables,
             cells=cells,
-            metrics=[words.metric_name(name) for name in metrics],
+            metrics=[column.name for column in columns],
             counts={state: sum(view.state == state for view in cells) for state in STATES},
             gate=_gate(result),
             headline=sweep_summary.headline(result),
@@ -228,7 +227,7 @@ def render_sweep(result: SweepResult, folder: Path | None, redact: bool = False,
             left_out=album.left_out,
             levels=LEVELS,
             choices=_choices(result, cells),
-            config=_as_text(result.config),
+            config=json_text(result.config, MAX_CONFIG_CHARACTERS, "the sweep's JSON"),
             css=css,
             script=script,
             css_hash=policy_hash(css),
@@ -272,11 +271,12 @@ class _Reports:
         return f"{self._links}{RUNS}/{run.key}/{REPORT_NAME}" if there and plain else ""
 
 
-def _columns(result: SweepResult, yard: Yardstick) -> list[str]:
-    """Metrics worth a column: those of the policy, or those measured when it names none."""
-    policy = policy_of(result)
-    wanted = [yard.metric, *(policy.metrics if policy else result.metrics)]
-    return list(dict.fromkeys(wanted))[:MAX_COLUMNS]
+def _columns(policy: Policy, yard: Yardstick) -> list[Yardstick]:
+    """The metrics of the policy that are worth a column, `yard` first."""
+    found = {yard.metric: yard}
+    for threshold in policy.thresholds:
+        found.setdefault(threshold.metric, Yardstick(threshold))
+    return list(found.values())[:MAX_COLUMNS]
 
 
 # heat table
@@ -383,7 +383,7 @@ def _example_view(worst: Worst, yard: Yardstick, album: Album) -> ExampleView:
 def _cell_view(
     result: SweepResult,
     index: int,
-    metrics: Sequence[str],
+    columns: Sequence[Yardstick],
     shown: list[ExampleView],
     strip: tuple[Run | None, list[FrameView]],
     reports: _Reports,
@@ -391,20 +391,20 @@ def _cell_view(
     cell = result.cells[index]
     utility, bound, epsilon = utility_of(result, cell), chief_bound(result, cell), epsilon_of(result, cell)
     listed = [
-        (run, example, [words.number(example.scores.get(metric)) for metric in metrics])
+        (run, example, [words.number(example.scores.get(column.metric)) for column in columns])
         for run, example in _examples(cell)
     ]
     return CellView(
         index=index,
         cell=cell,
         state=state_of(cell),
-        scores=[_worst_amount(cell.scores(metric), metric, result) for metric in metrics],
+        scores=[_worst_amount(cell.scores(column.metric), column) for column in columns],
         accuracy=_accuracy(utility),
         accuracy_interval=accuracy_text(utility),
         epsilon=Amount(words.number(epsilon), epsilon),
         bound=Amount(bound_text(bound), bound.value if bound else None),
         success=success_rate(cell, policy_of(result)),
-        runs=[_run_view(run, metrics, result, reports) for run in cell.runs],
+        runs=[_run_view(run, columns, reports) for run in cell.runs],
         shown=shown,
         listed=listed[:MAX_LISTED],
         unlisted=max(0, len(listed) - MAX_LISTED),
@@ -419,23 +419,16 @@ def _accuracy(utility: Utility | None) -> Amount:
     return Amount(words.MISSING if known is None else words.percent(known), known)
 
 
-def _worst_amount(scores: Sequence[float], metric: str, result: SweepResult) -> Amount:
-    worst = _yard_of(metric, result).worst(scores)
-    return Amount(words.quantity(worst, sweep_summary.UNITS.get(metric, "")), worst)
+def _worst_amount(scores: Sequence[float], yard: Yardstick) -> Amount:
+    worst = yard.worst(scores)
+    return Amount(yard.write(worst), worst)
 
 
-def _yard_of(metric: str, result: SweepResult) -> Yardstick:
-    policy = policy_of(result)
-    said = next((item for item in policy.thresholds if item.metric == metric), None) if policy else None
-    higher = said.operator == ">" if said else metric not in sweep_summary.LOWER_IS_CLOSER
-    return Yardstick(metric, higher, said)
-
-
-def _run_view(run: Run, metrics: Sequence[str], result: SweepResult, reports: _Reports) -> RunView:
+def _run_view(run: Run, columns: Sequence[Yardstick], reports: _Reports) -> RunView:
     scores = []
-    for metric in metrics:
-        found = [score for example in run.examples if (score := example.scores.get(metric)) is not None]
-        scores.append(_worst_amount(found, metric, result).text)
+    for column in columns:
+        found = (example.scores.get(column.metric) for example in run.examples)
+        scores.append(_worst_amount([score for score in found if score is not None], column).text)
     relative = run.noise_std / run.update_rms if run.noise_std is not None and run.update_rms else None
     return RunView(run, reports(run), scores, words.number(run.noise_std), words.number(relative))
 
@@ -502,14 +495,3 @@ def _choices(result: SweepResult, cells: Sequence[CellView]) -> list[tuple[str, 
     ]
     unique = [(name, label, list(dict.fromkeys(values))) for name, label, values in found]
     return [choice for choice in unique if len(choice[2]) > 1]
-
-
-def _as_text(data: dict[str, Any]) -> str:
-    if not data:
-        return ""
-    text = json.dumps(data, indent=1, ensure_ascii=False, default=str)
-    return (
-        text
-        if len(text) <= MAX_CONFIG_CHARACTERS
-        else f"{text[:MAX_CONFIG_CHARACTERS]}\n… (the rest is in the sweep's JSON)"
-    )

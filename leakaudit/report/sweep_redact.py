@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import re
-
-from leakaudit.report.redact import WITHHELD
-from leakaudit.results import Token
+from leakaudit.report.redact import unmarked, without_labels
 from leakaudit.sweep_results import Cell, Example, Run, SweepResult
 
 
@@ -19,7 +16,7 @@ def redact_sweep(result: SweepResult) -> SweepResult:
         update={
             "redacted": True,
             "cells": [_without_truth(cell) for cell in result.cells],
-            "command": re.sub(r"(--labels?)([ =]+)\S+", rf"\1\2{WITHHELD}", result.command),
+            "command": without_labels(result.command),
         }
     )
 
@@ -37,9 +34,5 @@ def _blind(example: Example) -> Example:
         ("original", "original_tokens", "true_label", "recovered_label")
     )
     if example.recovered_tokens is not None:
-        hidden["recovered_tokens"] = [_unmarked(token) for token in example.recovered_tokens]
+        hidden["recovered_tokens"] = unmarked(example.recovered_tokens)
     return example.model_copy(update=hidden)
-
-
-def _unmarked(token: Token) -> Token:
-    return token.model_copy(update={"right": None})

@@ -8,17 +8,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from leakaudit.errors import InputError
-from leakaudit.policy import Policy, Threshold, parse_policy
+from leakaudit.gate import policy_of
+from leakaudit.policy import Policy, Threshold
 from leakaudit.report import words
-from leakaudit.results import NEVER
 from leakaudit.sweep_results import Adversary, Bound, Cell, Example, Run, SweepResult, Utility
 
 State: TypeAlias = Literal["leaks", "not-recovered", "inconclusive", "failed", "pending"]
 STATES: tuple[State, ...] = ("leaks", "inconclusive", "failed", "pending", "not-recovered")
 
-LOWER_IS_CLOSER = frozenset({"mse", "lpips", "lpips-alex"})
-"""Metrics of which a small value means a good reconstruction."""
 SMALLER_IS_STRONGER = frozenset({"keep", "bits", "levels", "max_norm", "max_grad_norm", "norm", "bound"})
 """Options of defenses that protect more the smaller they are."""
 SCALES = {"psnr": (5.0, 45.0), "mse": (1.0, 1e-6), "lpips": (1.0, 0.0), "lpips-alex": (1.0, 0.0)}
@@ -30,17 +27,17 @@ NORMAL_95 = 1.959963984540054
 
 @dataclass(frozen=True)
 class Yardstick:
-    """The metric that cells are compared by: the policy's first that was measured.
+    """A threshold of the policy as what scores of its metric are compared by."""
 
-    Attributes:
-        threshold: None when the policy does not name the metric.
-        enforced: False for the policy that fails nothing.
-    """
+    threshold: Threshold
 
-    metric: str
-    higher_leaks: bool
-    threshold: Threshold | None
-    enforced: bool = True
+    @property
+    def metric(self) -> str:
+        return self.threshold.metric
+
+    @property
+    def higher_leaks(self) -> bool:
+        return self.threshold.operator == ">"
 
     @property
     def name(self) -> str:
@@ -118,32 +115,13 @@ class Rate:
         return self.successes / self.trials
 
 
-def policy_of(result: SweepResult) -> Policy | None:
-    """The gate's policy; None when it does not parse."""
-    try:
-        return parse_policy(result.gate.policy, result.medium)
-    except InputError:
-        return None
-
-
 def yardstick(result: SweepResult) -> Yardstick:
-    """The policy's first metric that any cell was measured with, or else its first."""
-    policy = policy_of(result)
-    measured = {
-        name
-        for cell in result.cells
-        for run in cell.runs
-        for example in run.examples
-        for name, score in example.scores.items()
-        if score is not None
-    }
-    for threshold in sorted(
-        policy.thresholds if policy else (), key=lambda item: item.metric not in measured
-    ):
-        enforced = result.gate.policy.strip() != NEVER
-        return Yardstick(threshold.metric, threshold.operator == ">", threshold, enforced)
-    metric = next(iter([*(name for name in result.metrics if name in measured), *result.metrics]), "score")
-    return Yardstick(metric, metric not in LOWER_IS_CLOSER, None, False)
+    """Of the policy's first metric that any cell was measured with, or else of its first."""
+    thresholds = policy_of(result).thresholds
+    measured = (
+        item for item in thresholds if any(True for cell in result.cells for _ in cell.scores(item.metric))
+    )
+    return Yardstick(next(measured, thresholds[0]))
 
 
 def state_of(cell: Cell) -> State:
@@ -292,10 +270,8 @@ def has_accuracy(utility: Utility) -> bool:
     return utility.accuracy is not None and all(map(math.isfinite, (utility.accuracy, *ends)))
 
 
-def success_rate(cell: Cell, policy: Policy | None) -> Rate | None:
+def success_rate(cell: Cell, policy: Policy) -> Rate | None:
     """How many of the cell's examples cross some threshold; None when none was measured."""
-    if policy is None:
-        return None
     rows = [example.scores for run in cell.runs for example in run.examples]
     measured = [row for row in rows if any(row.get(metric) is not None for metric in policy.metrics)]
     crossed = sum(any(item.crossed(row.get(item.metric)) for item in policy.thresholds) for row in measured)

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from leakaudit.report import words
+from leakaudit.report.folder import REPORT_NAME
 from leakaudit.report.sweep_summary import (
     EXIT_MEANINGS,
     Pair,
@@ -31,7 +32,7 @@ from leakaudit.report.sweep_summary import (
     yardstick,
 )
 from leakaudit.report.terminal import plain
-from leakaudit.sweep_results import Bound, SweepResult, Utility
+from leakaudit.sweep_results import NO_DEFENSE, Bound, SweepResult, Utility
 
 STATE_STYLES: dict[State, str] = {
     "leaks": "red",
@@ -50,7 +51,6 @@ STATE_MARKS: dict[State, str] = {
 EXIT_STYLES = {0: "blue", 1: "red", 3: "yellow"}
 EXIT_WORDS = {0: "- WITHIN THE POLICY", 1: "! LEAKS", 3: "? INCONCLUSIVE"}
 MAX_NAMES = 20
-PAGE_NAME = "report.html"
 
 
 def print_sweep(result: SweepResult, console: Console, folder: Path | None = None) -> None:
@@ -70,7 +70,7 @@ def print_sweep(result: SweepResult, console: Console, folder: Path | None = Non
         console.print(_legend(yard))
     _print_names(result, console)
     if folder is not None:
-        page = Text.assemble(("\nReport      ", "bold"), plain(str(folder / PAGE_NAME)))
+        page = Text.assemble(("\nReport      ", "bold"), plain(str(folder / REPORT_NAME)))
         console.print(page, soft_wrap=True)
         console.print(Text.assemble(("Sweep folder", "bold"), " ", plain(str(folder))), soft_wrap=True)
 
@@ -128,9 +128,9 @@ def _cells(result: SweepResult, pair: Pair, yard: Yardstick) -> list[Text]:
     assert informed is not None  # a pair is made of at least one cell
     cell = result.cells[informed]
     state, utility = state_of(cell), utility_of(result, cell)
-    name = "no defense" if cell.defense == "none" else cell.defense
+    name = "no defense" if cell.defense == NO_DEFENSE else cell.defense
     return [
-        plain(name, "bold" if cell.defense == "none" else ""),
+        plain(name, "bold" if cell.defense == NO_DEFENSE else ""),
         _score(result, pair.oblivious, yard),
         _score(result, pair.adaptive, yard),
         Text(state.replace("-", " "), style=STATE_STYLES[state]),

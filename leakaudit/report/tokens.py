@@ -96,7 +96,9 @@ def _spell(text: str, starts: str) -> tuple[str, bool]:
     body = text.removeprefix(starts)
     if starts == STARTS_BYTES and all(letter in BYTES for letter in body):
         body = bytes(BYTES[letter] for letter in body).decode("utf-8", "backslashreplace")
-    return body.replace(STARTS, VISIBLE_SPACE) or (VISIBLE_SPACE if text else ""), joined
+    if starts == STARTS:  # in byte-level BPE it is a letter like others
+        body = body.replace(STARTS, VISIBLE_SPACE)
+    return body or (VISIBLE_SPACE if text else ""), joined
 
 
 def _visible(text: str) -> str:

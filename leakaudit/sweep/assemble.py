@@ -15,9 +15,9 @@ from leakaudit.policy import Policy
 from leakaudit.results import Value
 from leakaudit.subject import pick_device
 from leakaudit.sweep.jobs import RunJob
-from leakaudit.sweep.plan import NO_DEFENSE, CellPlan, SweepPlan, Target
+from leakaudit.sweep.plan import CellPlan, SweepPlan, Target
 from leakaudit.sweep.target_jobs import Bounds
-from leakaudit.sweep_results import Cell, Run, SweepResult, Utility
+from leakaudit.sweep_results import NO_DEFENSE, Cell, Run, SweepResult, Utility
 
 MAJORITY = 0.5
 """The control passes when the undefended attack breaks the policy on more than this share of its examples."""

@@ -16,14 +16,13 @@ from pathlib import Path
 
 from leakaudit.atomic import writable_folder, write_atomically
 from leakaudit.errors import InputError
-from leakaudit.gate import SWEEP_NAME
+from leakaudit.report.folder import REPORT_NAME
 from leakaudit.report.folder import RESULT_NAME as AUDIT_NAME
-from leakaudit.sweep.jobs import RUNS
 from leakaudit.sweep.plan import SweepPlan
 from leakaudit.sweep.target_jobs import TARGETS
+from leakaudit.sweep_results import RUNS, SWEEP_NAME
 
 PLAN_NAME = "plan.json"
-PAGE_NAME = "report.html"
 SCHEMA_VERSION = 1
 
 _KEY = re.compile(r"[0-9a-f]{32}")
@@ -61,7 +60,7 @@ def open_folder(plan: SweepPlan, *, resume: bool, force: bool) -> Path:
 
 def forget(folder: Path) -> None:
     """Remove what sweeps write: files of our names, and folders of keys."""
-    for name in (PLAN_NAME, SWEEP_NAME, PAGE_NAME):
+    for name in (PLAN_NAME, SWEEP_NAME, REPORT_NAME):
         (folder / name).unlink(missing_ok=True)
     for path in sorted((folder / RUNS).glob("*")):
         if path.is_dir() and not path.is_symlink() and _KEY.fullmatch(path.name):

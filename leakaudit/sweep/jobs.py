@@ -30,11 +30,10 @@ from leakaudit.subject import learn
 from leakaudit.sweep.protocols import round_of
 from leakaudit.sweep.setup import Setup, load_examples, load_model, load_pool
 from leakaudit.sweep.work import one_line
-from leakaudit.sweep_results import Adversary, Example, Frame, Run
+from leakaudit.sweep_results import RUNS, Adversary, Example, Frame, Run
 from leakaudit.threat import View, see
 from leakaudit.update import Update
 
-RUNS = "runs"
 RUN_NAME = "run.json"
 ERROR_NAME = "error.txt"
 

@@ -6,14 +6,13 @@ import json
 from pathlib import Path
 
 from leakaudit.atomic import writable_folder, write_atomically
-from leakaudit.gate import SWEEP_NAME
+from leakaudit.report.folder import REPORT_NAME
 from leakaudit.report.junit import junit_xml
 from leakaudit.report.sarif import sarif
 from leakaudit.report.summary import append_summary, markdown
 from leakaudit.report.sweep_page import write_sweep_page
 from leakaudit.sweep.config import SweepConfig
-from leakaudit.sweep.folder import PAGE_NAME
-from leakaudit.sweep_results import SweepResult
+from leakaudit.sweep_results import SWEEP_NAME, SweepResult
 
 
 def check_outputs(config: SweepConfig) -> None:
@@ -29,7 +28,7 @@ def write_outputs(result: SweepResult, config: SweepConfig, folder: Path) -> Non
     Raises `InputError` when a file cannot be written.
     """
     write_atomically(folder / SWEEP_NAME, result.to_json().encode())
-    for page in filter(None, (folder / PAGE_NAME, config.html)):
+    for page in filter(None, (folder / REPORT_NAME, config.html)):
         write_sweep_page(result, folder, page, redact=result.redacted)
     if config.junit is not None:
         write_atomically(config.junit, junit_xml(result).encode())

@@ -37,9 +37,7 @@ from leakaudit.sweep.setup import (
 from leakaudit.sweep.target_jobs import BoundJob, UtilityJob
 from leakaudit.sweep.utility import Training
 from leakaudit.sweep.work import Job
-from leakaudit.sweep_results import Adversary, Utility
-
-NO_DEFENSE = "none"
+from leakaudit.sweep_results import NO_DEFENSE, Adversary, Utility
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def run_sweep(
         InputError: for anything that cannot be used, before anything is computed.
     """
     began = time.monotonic()
-    engine = _engine(config)
+    engine = engine_of(config)
     check_outputs(config)
     baseline = None if config.baseline is None else read_baseline(config.baseline)
     plan = plan_sweep(config)
@@ -92,7 +92,8 @@ def _failed(value: Value) -> bool:
     return isinstance(value, Run) and value.status == "failed"
 
 
-def _engine(config: SweepConfig) -> Engine:
+def engine_of(config: SweepConfig) -> Engine:
+    """Who does the jobs; `InputError` for Ray where it is not installed."""
     if config.engine == "ray":
         check_ray()
         gpu = config.device.startswith("cuda")

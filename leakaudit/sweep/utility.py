@@ -21,7 +21,7 @@ from leakaudit.media import medium_of
 from leakaudit.models.victim import Params, Victim
 from leakaudit.randomness import fork
 from leakaudit.rounds import ClientUpdate, Round, client_update
-from leakaudit.sweep.curves import read_curves, summary
+from leakaudit.sweep.curves import summary
 from leakaudit.sweep.federated_training import Examples, TrackedClient, accuracy, shuffled, split, train
 from leakaudit.sweep_results import Curve, Utility
 
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
 OnStep = Callable[[int, int], None]
 """Called with (steps done, steps of all seeds)."""
-
-__all__ = ["OnStep", "Training", "measure_utility", "read_curves", "summary", "training_round"]
 
 _TOKEN_TASKS = {
     "mlm": "accuracy is of the masked words: share of them the model finds",

@@ -10,18 +10,10 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 from sweep_page_samples import empty_sweep, photo_sweep, small_sweep, text_sweep
 
+from leakaudit.gate import policy_of
 from leakaudit.policy import parse_policy
-from leakaudit.report.sweep_charts import (
-    Axis,
-    error_plots,
-    gap_plots,
-    linear_axis,
-    log_axis,
-    pareto,
-    privacy_plots,
-    run_errors,
-    utility_plots,
-)
+from leakaudit.report.sweep_charts import gap_plots, pareto, utility_plots
+from leakaudit.report.sweep_plots import Axis, linear_axis, log_axis
 from leakaudit.report.sweep_summary import (
     base_of,
     bound_text,
@@ -29,7 +21,6 @@ from leakaudit.report.sweep_summary import (
     epsilon_of,
     headline,
     only_oblivious,
-    policy_of,
     rate,
     rows_of,
     state_of,
@@ -38,6 +29,7 @@ from leakaudit.report.sweep_summary import (
     worst_score,
     yardstick,
 )
+from leakaudit.report.sweep_theory_charts import error_plots, privacy_plots, run_errors
 from leakaudit.sweep_results import Adversary, Cell, Example, Gate, Run, RunStatus, SweepResult
 
 SWEEP = small_sweep(None)
@@ -146,11 +138,10 @@ def test_the_worst_case_is_worst_by_the_policy(
 def test_the_yardstick_falls_back() -> None:
     unmeasured = SWEEP.model_copy(update={"gate": Gate(policy="lpips<0.3,ssim>0.5")})
     assert yardstick(unmeasured).metric == "ssim"
-    unreadable = SWEEP.model_copy(update={"gate": Gate(policy="no such policy")})
-    assert yardstick(unreadable).metric == "psnr"
-    assert yardstick(unreadable).threshold is None
+    nothing = SWEEP.model_copy(update={"gate": Gate(policy="lpips<0.3")})
+    assert yardstick(nothing).metric == "lpips"
     reported = SWEEP.model_copy(update={"gate": Gate(policy="never")})
-    assert not yardstick(reported).enforced
+    assert str(yardstick(reported).threshold) == "psnr>20"
     assert yardstick(text_sweep()).metric == "token-accuracy"
 
 

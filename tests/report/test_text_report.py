@@ -43,6 +43,12 @@ def read(texts: list[str]) -> str:
 # ------------------------------------------------------------------ spelling
 
 
+def byte_level(text: str) -> list[str]:
+    """The pieces that the tokenizers library cuts a text into, in the letters of byte-level BPE."""
+    cut = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    return [piece for piece, _ in cut.pre_tokenize_str(text)]
+
+
 @pytest.mark.parametrize(
     ("texts", "expected"),
     [
@@ -57,6 +63,7 @@ def read(texts: list[str]) -> str:
         (["Ġ", "Ġx", "Ċ"], "␣ x\\n"),
         (["ĠðŁ", "ĺĢ"], "\\xf0\\x9f\\x98\\x80"),
         (["Ġ漢", "##s"], "漢##s"),
+        (byte_level("▁"), "▁"),
         (["▁der", "▁Pati", "ent", "▁", "<0x0A>"], "der Patient ␣<0x0A>"),
         (["#12", "#7"], "#12 #7"),
         (["", "the"], "– the"),
@@ -65,12 +72,6 @@ def read(texts: list[str]) -> str:
 )
 def test_every_spelling_is_made_readable(texts: list[str], expected: str) -> None:
     assert read(texts) == expected
-
-
-def byte_level(text: str) -> list[str]:
-    """The pieces that the tokenizers library cuts a text into, in the letters of byte-level BPE."""
-    cut = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    return [piece for piece, _ in cut.pre_tokenize_str(text)]
 
 
 def test_the_letters_of_byte_level_bpe_are_those_of_the_library() -> None:

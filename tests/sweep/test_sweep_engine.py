@@ -11,7 +11,6 @@ import time
 from importlib.util import find_spec
 from multiprocessing import active_children
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tiny_sweeps import config, timeless, values
@@ -20,10 +19,10 @@ from tiny_tasks import Note, Task
 import leakaudit
 from leakaudit.errors import InputError
 from leakaudit.sweep import engine
-from leakaudit.sweep.config import build_config
 from leakaudit.sweep.engine import InProcess, LocalPool, local_engine
+from leakaudit.sweep.plan import plan_sweep
 from leakaudit.sweep.ray_engine import RayEngine
-from leakaudit.sweep.run import do_jobs
+from leakaudit.sweep.run import do_jobs, engine_of
 
 
 def always() -> bool:
@@ -47,15 +46,14 @@ def test_in_process_stops_when_told(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_pool_outlives_its_processes(tmp_path: Path) -> None:
-    """One task kills its process once, another always; all others are done, each with its share of the cores."""
-    tasks = [Task("once", deaths=1), Task("always", deaths=99), *(Task(f"task{i}") for i in range(3))]
-    results = {task.key: value for task, value in LocalPool(2, 3).run(tasks, tmp_path, always)}
-    assert {key for key in results if results[key] == Note(text=key, threads=3)} == {
-        "once",
-        "task0",
-        "task1",
-        "task2",
-    }
+    """One task kills its process once, another always; all others are done, each with its share of the cores.
+
+    One worker, because every process takes seconds to start.
+    """
+    tasks = [Task("once", deaths=1), Task("always", deaths=99), Task("task0"), Task("task1")]
+    results = {task.key: value for task, value in LocalPool(1, 3).run(tasks, tmp_path, always)}
+    done = {key for key in results if results[key] == Note(text=key, threads=3)}
+    assert done == {"once", "task0", "task1"}
     assert results["always"] == Note(text=f"always failed: {engine.DIED}, 2 times")
     assert len(list(tmp_path.glob("always-*"))) == 2
     assert len(list(tmp_path.glob("once-*"))) == 2
@@ -123,14 +121,22 @@ def test_ray_is_asked_for_before_anything_is_done(tmp_path: Path, monkeypatch: p
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
 def test_ray_gives_the_same_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runs of a sweep, and beside them, under the one cluster, a task that always kills its process."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    changes: dict[str, Any] = {"images": 1, "adversaries": ["oblivious"], "defenses": ["clip"]}
-    here = leakaudit.defend(config(_made(tmp_path / "here"), **changes))
-    there = values(_made(tmp_path / "there"), **changes, engine="ray")
-    result = leakaudit.defend(build_config({**there, "workers": 1}))
-    assert timeless(result.model_dump(mode="json")) == timeless(here.model_dump(mode="json"))
-    tasks = [Task("always", deaths=99), Task("fine")]
-    results, interrupted = do_jobs(tasks, RayEngine(workers=1), tmp_path, None, None)
+    runs = plan_sweep(config(tmp_path, images=1, adversaries=["oblivious"], defenses=["clip"])).runs
+    here, _ = do_jobs(runs, InProcess(), _made(tmp_path / "here"), None, None)
+    jobs = [*runs, Task("always", deaths=99), Task("fine")]
+    there, interrupted = do_jobs(jobs, RayEngine(workers=1), _made(tmp_path / "there"), None, None)
     assert not interrupted
-    assert results["fine"] == Note(text="fine", threads=1)
-    assert "the process died" in str(results["always"])
+    for run in runs:
+        assert timeless(there[run.key].model_dump()) == timeless(here[run.key].model_dump())
+    assert there["fine"] == Note(text="fine", threads=1)
+    assert "the process died" in str(there["always"])
+
+
+def test_a_configuration_says_which_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("leakaudit.sweep.ray_engine.find_spec", lambda _: True)
+    assert engine_of(config(tmp_path)) == InProcess()
+    asked = config(tmp_path, engine="ray", workers=3, address="cluster:6379")
+    assert engine_of(asked) == RayEngine("cluster:6379", 3)
+    assert engine_of(config(tmp_path, engine="ray", device="cuda", workers=None)) == RayEngine(gpu=True)
