@@ -73,15 +73,19 @@ def test_examples() -> None:
     assert expand("none") == ["none"]
     assert expand("gaussian-noise:std=1e-4,1e-3,1e-2") == [
         "gaussian-noise:std=0.0001",
-        "gaussian-noise",
+        "gaussian-noise:std=0.001",
         "gaussian-noise:std=0.01",
     ]
-    assert expand("quantise:to=fp16,int8") == ["quantise:to=fp16", "quantise"]
+    assert expand("quantise:to=fp16,int8") == ["quantise:to=fp16", "quantise:to=int8"]
     assert expand("top-k:keep=0.5,0.50,0.5") == ["top-k:keep=0.5"]
     assert expand("clip:max_grad_norm=1e+20,2e+20+top-k") == [
-        "clip:max_grad_norm=1e+20+top-k",
-        "clip:max_grad_norm=2e+20+top-k",
+        "clip:max_grad_norm=1e+20+top-k:keep=0.1",
+        "clip:max_grad_norm=2e+20+top-k:keep=0.1",
     ]
+    assert expand("gaussian-noise:relative=0.1,0.2")[0] == "gaussian-noise:relative=0.1", (
+        "std says nothing then"
+    )
+    assert expand("dp-sgd:max_grad_norm=0.1") == ["dp-sgd:noise_multiplier=1.0,max_grad_norm=0.1"]
     assert len(parse_all(["clip+top-k", "none", "quantise"])) == 3
 
 
@@ -132,5 +136,7 @@ def test_mistakes_are_one_line(text: str, message: str) -> None:
 
 def test_every_default_has_a_name() -> None:
     for name in DEFENSES:
-        assert parse_defense(name) == ((name, DEFENSES[name]),)
+        ((spec, defense),) = parse_defense(name)
+        assert defense == DEFENSES[name]
+        assert parse_defense(spec) == ((spec, defense),)
         assert family(name) == name

@@ -50,7 +50,7 @@ def names(opened: Opened) -> list[str]:
 def test_the_adversary_reads_the_defenses_and_adapts(opened: Opener) -> None:
     found = opened("top-k:keep=0.2+gaussian-noise:std=1e-3", "clip:max_grad_norm=100")
     facts = found.view.knowledge
-    assert facts.defense.value == ("top-k:keep=0.2", "gaussian-noise", "clip:max_grad_norm=100.0")
+    assert facts.defense.value == ("top-k:keep=0.2", "gaussian-noise:std=0.001", "clip:max_grad_norm=100.0")
     assert facts.noise_std.value == pytest.approx(1e-3)
     assert "defense" not in names(found)
     pruned = opened("top-k:keep=0.2").view
@@ -104,8 +104,8 @@ def test_rounds_of_compression_take_as_many_examples(tmp_path: Path) -> None:
     )
     manifest = read_file(out).manifest
     assert (manifest.num_examples, manifest.local_batch_size) == (4, None)
-    assert manifest.defenses == ("dgc:rounds=2",)
-    with pytest.raises(InputError, match=r"defense 'dgc:rounds=2': .* local_batch_size=2"):
+    assert manifest.defenses == ("dgc:keep=0.01,rounds=2",)
+    with pytest.raises(InputError, match=r"defense 'dgc:keep=0.01,rounds=2': .* local_batch_size=2"):
         api.capture_update(
             "lenet",
             PHOTOS,

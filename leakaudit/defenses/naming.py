@@ -24,7 +24,8 @@ _BETWEEN = re.compile(r"\+(?=\s*[A-Za-z_])")
 def parse_defense(text: str) -> Parts:
     """(spec, defense) of every part in the order they are applied; none for "none" or an empty text.
 
-    The specs are the shortest that mean the same.
+    The specs name the first option always, the others where they differ from the default, so that the
+    same defense always has the same spec, with its strength in it.
     Raises `InputError` for an unknown name or option (did you mean), or a value out of range.
     """
     if _is_none(text):
@@ -39,7 +40,17 @@ def _is_none(text: str) -> bool:
 def _parse_part(text: str) -> tuple[str, Defense]:
     name = text.partition(":")[0].strip()
     defense = parse(text, DEFENSES, "defense")
-    return format_spec(name, defense, DEFENSES[name]), defense
+    return _spelt(name, defense), defense
+
+
+def _spelt(name: str, defense: Defense) -> str:
+    spec, preset = format_spec(name, defense, DEFENSES[name]), DEFENSES[name]
+    first = next((field.name for field in fields(defense) if field.init), None)  # type: ignore[arg-type]
+    overruled = getattr(defense, "relative", None) is not None  # then `std` says nothing
+    if first is None or overruled or getattr(defense, first) != getattr(preset, first):
+        return spec
+    stated = f"{name}:{first}={getattr(defense, first)}"
+    return stated + ("," + spec.partition(":")[2] if ":" in spec else "")
 
 
 def format_defense(parts: Parts) -> str:
