@@ -30,6 +30,7 @@ from leakaudit.metrics import DEFAULT_METRICS
 from leakaudit.outcomes import Outcome
 from leakaudit.policy import DEFAULT_POLICY, Policy, parse_policy
 from leakaudit.results import (
+    NO_CONTROL,
     AuditResult,
     Control,
     Finding,
@@ -291,7 +292,7 @@ def _positive_control(
 
 
 def _no_control(reason: str) -> Control:
-    return Control(name="positive", passed=None, text=f"The positive control did not run: {reason}.")
+    return Control(name="positive", passed=None, text=f"{NO_CONTROL}: {reason}.")
 
 
 # ------------------------------------------------------------------ plain values for the report

@@ -18,7 +18,7 @@ from pydantic_core import from_json
 from leakaudit.atomic import write_atomically
 from leakaudit.errors import InputError
 from leakaudit.policy import Policy, Threshold, parse_policy
-from leakaudit.results import Value, VerdictStatus
+from leakaudit.results import NO_CONTROL, Value, VerdictStatus
 from leakaudit.sweep_results import (
     SWEEP_NAME,
     SWEEP_SCHEMA_VERSION,
@@ -30,8 +30,6 @@ from leakaudit.sweep_results import (
 )
 
 BASELINE_SCHEMA_VERSION = 1
-OWN_CONTROL = "The positive control did not run"
-"""How a run's audit begins the sentence that a sweep's control makes void."""
 TOLERANCE = 0.1
 TOLERANCES = {"psnr": 2.0, "mse": 2.0}
 """How much worse an accepted score may get: dB for PSNR, and for MSE as 10 log10 of it; else `TOLERANCE`."""
@@ -180,7 +178,7 @@ def _control(control: bool | None) -> list[str]:
     if control:
         return []
     if control is None:
-        return ["The positive control did not run: nothing shows that this attack works here."]
+        return [f"{NO_CONTROL}: nothing shows that this attack works here."]
     return ["The positive control failed: this attack does not break the policy without the defense either."]
 
 
@@ -189,7 +187,7 @@ def _own_doubts(runs: Sequence[Run]) -> Iterator[str]:
         if run.status == "done" and run.verdict is None:
             yield f"{_named(run)} came to no verdict."
         if run.verdict == "inconclusive":
-            yield from (f"{_named(run)}: {text}" for text in run.reasons if not text.startswith(OWN_CONTROL))
+            yield from (f"{_named(run)}: {text}" for text in run.reasons if not text.startswith(NO_CONTROL))
 
 
 def _forgiven(runs: Sequence[Run], policy: Policy) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from leakaudit.policy import Medium, Policy
-from leakaudit.results import Control, Finding, Score, Trial, Verdict
+from leakaudit.results import NO_CONTROL, Control, Finding, Score, Trial, Verdict
 
 CONTRADICTION = 10.0
 """Measured error over proven error (both RMS) above which the originals are not those of the update."""
@@ -15,7 +15,6 @@ HOPELESS = 0.9
 """Relative residual above which the checkpoint itself is in doubt."""
 OPEN = 0.5
 """Share of the pixels' variance left open above which a match is no leak by itself."""
-NO_CONTROL = "The positive control did not run."
 DISCRETE: frozenset[Medium] = frozenset({"text"})
 """Media in which the private input itself must explain the update, and a proven input is the private one."""
 
@@ -138,7 +137,7 @@ def judge(
             ],
             policy=text,
         )
-    reasons.append(positive.text if positive is not None else NO_CONTROL)
+    reasons.append(positive.text if positive is not None else f"{NO_CONTROL}.")
     return Verdict(
         status="inconclusive",
         headline="The attacks failed, and so may the audit.",

@@ -24,6 +24,8 @@ EXIT_CODES: dict[VerdictStatus, int] = {
 
 NEVER = "never"
 """The policy under which leakage is reported and fails nothing."""
+NO_CONTROL = "The positive control did not run"
+"""How an audit begins the sentence that says so; in a sweep, which has a control of its own, it is void."""
 
 
 class Value(BaseModel):
