@@ -31,13 +31,13 @@ from leakaudit.media import medium_of
 from leakaudit.media.base import metrics_of, policy_of
 from leakaudit.metrics import METRICS
 from leakaudit.models.victim import Mode, Victim
-from leakaudit.models.zoo import LANGUAGE, load_victim, parse_normalisation
+from leakaudit.models.zoo import load_victim, parse_normalisation
 from leakaudit.policy import MEDIUM_METRICS, parse_policy
 from leakaudit.report.folder import RESULT_NAME, read_run, write_run
 from leakaudit.results import AuditResult
 from leakaudit.rounds import Round
 from leakaudit.spec import suggest
-from leakaudit.subject import Sources, open_update
+from leakaudit.subject import Sources, open_update, private_source
 
 if TYPE_CHECKING:
     from leakaudit.progress import OnSweep
@@ -274,7 +274,7 @@ def capture_update(
     """
     if mode not in ("train", "eval"):
         raise InputError(f"mode {mode!r}{suggest(mode, ('train', 'eval'))}; accepted: train, eval")
-    source = _source(model, data, text, max_length)
+    source = private_source(model, data, text, max_length)
     _check_targets(out, truth, save_model)
     parts = parse_all(defenses)
     asked = _round(batch_size, num_examples, local_steps, epochs, learning_rate)
@@ -297,22 +297,6 @@ def capture_update(
     captured = capture(victim, batch, round, defenses=parts, include_buffers=buffers, seed=seed)
     changed = [] if round == asked else [f"Round: the defenses make it {_in_words(round)}"]
     return [*changed, *_write(captured, victim, batch, Path(out), truth, save_model)]
-
-
-def _source(
-    model: str, data: str | Path | None, text: str | Path | None, max_length: int | None
-) -> str | Path:
-    """Where the private examples are; `InputError` unless they are of the kind the model takes."""
-    source = data if text is None else text
-    if source is None or (data is not None and text is not None):
-        given = "no private data" if source is None else f"images {data} and sentences {text}"
-        raise InputError(f"{given} given; accepted: one of --data (images) and --text (sentences)")
-    if model.startswith(LANGUAGE) != (text is not None):
-        takes = "images, accepted: --data" if text is not None else "text, accepted: --text"
-        raise InputError(f"model {model} takes {takes}")
-    if text is None and max_length is not None:
-        raise InputError(f"max length {max_length} is of sentences; accepted with --text")
-    return source
 
 
 def _check_targets(*paths: str | Path | None) -> None:

@@ -6,13 +6,11 @@ nothing here writes labels, pixels or tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from leakaudit.data import PrivateBatch
@@ -25,7 +23,7 @@ from leakaudit.formats.phrases import counted
 from leakaudit.formats.writing import CREATED_BY, write_update
 from leakaudit.media import medium_of
 from leakaudit.models.victim import LOSSES, Victim
-from leakaudit.randomness import fork
+from leakaudit.randomness import fork, seeded
 from leakaudit.rounds import Round, client_update, trained_buffers
 from leakaudit.update import Update
 
@@ -80,7 +78,7 @@ def capture(
         raise InputError(f"the round takes {round.num_examples} examples, the batch holds {len(batch)}")
     x, y = medium_of(victim).tensors(victim, batch)
     client = apply(client_update, [defense for _, defense in defenses], fork(seed, "capture/defenses"))
-    with _seeded_dropout(seed):
+    with seeded(seed, "capture/dropout", victim.device):
         update = client(victim, victim.params, round, x, y).detach().to("cpu")
     if not update.is_finite():
         raise InputError(
@@ -92,14 +90,6 @@ def capture(
         moved = trained_buffers(victim, round, x, y) if victim.mode == "train" else victim.buffers
         buffers = {name: tensor.detach().cpu().clone() for name, tensor in moved.items()}
     return Captured(update, buffers, _manifest(victim, round, update, buffers, defenses))
-
-
-@contextmanager
-def _seeded_dropout(seed: int) -> Iterator[None]:
-    """torch's own generator, from which dropout draws, seeded; put back afterwards."""
-    with torch.random.fork_rng():
-        torch.manual_seed(fork(seed, "capture/dropout").initial_seed())
-        yield
 
 
 def refuse_idle_examples(round: Round) -> None:

@@ -266,3 +266,19 @@ def _labels(labels: Sequence[int], victim: Victim) -> Tensor:
     if wrong:
         raise InputError(f"label {wrong[0]} is not a class; accepted: 0 to {victim.num_classes - 1}")
     return torch.tensor(list(labels), dtype=torch.int64, device=victim.device)
+
+
+def private_source(
+    model: str, data: str | Path | None, text: str | Path | None, max_length: int | None
+) -> str | Path:
+    """Where the private examples are; `InputError` unless they are of the kind the model takes."""
+    source = data if text is None else text
+    if source is None or (data is not None and text is not None):
+        given = "no private data" if source is None else f"images {data} and sentences {text}"
+        raise InputError(f"{given} given; accepted: one of data (images) and text (sentences)")
+    if model.startswith(LANGUAGE) != (text is not None):
+        takes = "images, accepted: data" if text is not None else "text, accepted: text"
+        raise InputError(f"model {model} takes {takes}")
+    if text is None and max_length is not None:
+        raise InputError(f"max length {max_length} is of sentences; accepted with text")
+    return source

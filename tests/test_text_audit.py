@@ -532,10 +532,10 @@ def test_embeddings_are_shown_as_the_nearest_words(tmp_path: Path) -> None:
     [
         (("--model", BERT, "--text", "notes.tsv"), "no task given for model hf:"),
         (("--model", BERT, "--text", "notes.tsv", "--task", "mml"), "did you mean 'mlm'?"),
-        (("--model", BERT, "--data", "notes.tsv", "--task", "mlm"), "takes text, accepted: --text"),
-        (("--model", BERT, "--task", "mlm"), "no private data given; accepted: one of --data"),
+        (("--model", BERT, "--data", "notes.tsv", "--task", "mlm"), "takes text, accepted: text"),
+        (("--model", BERT, "--task", "mlm"), "no private data given; accepted: one of data"),
         (("--model", BERT, "--data", "a", "--text", "b"), "images a and sentences b given"),
-        (("--model", "lenet", "--text", "notes.tsv"), "model lenet takes images, accepted: --data"),
+        (("--model", "lenet", "--text", "notes.tsv"), "model lenet takes images, accepted: data"),
         (("--model", "lenet", "--data", "a", "--task", "mlm"), "task and lora are of language models"),
         (("--model", "lenet", "--data", "a", "--max-length", "4"), "max length 4 is of sentences"),
         (("--model", BERT, "--text", "no.txt", "--task", "mlm"), "cannot read no.txt"),

@@ -13,13 +13,12 @@ from torch import Tensor
 
 from leakaudit.atomic import sha256_of
 from leakaudit.data import PrivateBatch
-from leakaudit.errors import InputError
 from leakaudit.formats.checkpoint import parameters_sha256
 from leakaudit.media import medium_of
 from leakaudit.models.victim import Mode, Victim
 from leakaudit.models.zoo import LANGUAGE, load_victim, parse_normalisation
 from leakaudit.rounds import Round
-from leakaudit.subject import pick_device
+from leakaudit.subject import pick_device, private_source
 from leakaudit.sweep.config import SweepConfig
 from leakaudit.threat import View
 from leakaudit.update import Update
@@ -56,7 +55,7 @@ def setup_of(config: SweepConfig, count: int) -> Setup:
     """Raises `InputError` unless there is one source of private examples, of the kind that the model takes."""
     return Setup(
         model=config.model,
-        source=_source(config),
+        source=str(private_source(config.model, config.data, config.text, config.max_length)),
         count=count,
         checkpoint=None if config.checkpoint is None else str(config.checkpoint),
         task=config.task,
@@ -70,19 +69,6 @@ def setup_of(config: SweepConfig, count: int) -> Setup:
         seed=config.seed,
         device=config.device,
     )
-
-
-def _source(config: SweepConfig) -> str:
-    if (config.data is None) == (config.text is None):
-        both = f"images {config.data} and sentences {config.text}"
-        given = "no private data" if config.data is None else both
-        raise InputError(f"{given} given; accepted: one of data (images) and text (sentences)")
-    if config.model.startswith(LANGUAGE) != (config.text is not None):
-        takes = "images, accepted: data" if config.text is not None else "text, accepted: text"
-        raise InputError(f"model {config.model} takes {takes}")
-    if config.text is None and config.max_length is not None:
-        raise InputError(f"max length {config.max_length} is of sentences; accepted with text")
-    return str(config.data if config.text is None else config.text)
 
 
 @functools.lru_cache(maxsize=1)

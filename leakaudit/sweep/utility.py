@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ from leakaudit.errors import InputError
 from leakaudit.formats.phrases import counted
 from leakaudit.media import medium_of
 from leakaudit.models.victim import Params, Victim
-from leakaudit.randomness import fork
+from leakaudit.randomness import fork, seeded
 from leakaudit.rounds import ClientUpdate, Round, client_update
 from leakaudit.sweep.curves import summary
 from leakaudit.sweep.federated_training import Examples, TrackedClient, accuracy, shuffled, split, train
@@ -207,7 +207,7 @@ def _train_once(
     batches = _batches(round, defenses, len(trained), fork(seed, "utility/batches"))
     client = _client(victim, tracked, defenses, seed)
     points = [(0, accuracy(evaluated, held_out))]
-    with _seeded_dropout(seed, victim.device):
+    with seeded(seed, "utility/dropout", victim.device):
         models = train(victim, client, tracked, round, trained, batches, training.momentum)
         for step in range(1, training.steps + 1):
             params, buffers = next(models)
@@ -258,14 +258,6 @@ def _held_out(count: int, share: float) -> int:
 def _split(examples: Examples, share: float, seed: int) -> tuple[Examples, Examples]:
     inside, outside = split(examples.y, share, fork(seed, "utility/split"))
     return examples.rows(inside), examples.rows(outside)
-
-
-@contextmanager
-def _seeded_dropout(seed: int, device: torch.device) -> Iterator[None]:
-    """torch's own generators, from which dropout draws, seeded; put back afterwards."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(fork(seed, "utility/dropout").initial_seed())
-        yield
 
 
 def _finite(params: Params) -> bool:

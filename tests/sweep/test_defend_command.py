@@ -64,7 +64,8 @@ def test_options_win_over_the_file(run: Runner, tmp_path: Path) -> None:
     (tmp_path / "audit.toml").write_text('images = 4\ndefense = ["clip"]')
     run(*SWEEP, "--config", "audit.toml")
     result = read_sweep(tmp_path / "out")
-    assert (result.examples, [cell.defense for cell in result.cells]) == (1, ["none", "clip", "clip"])
+    assert result.examples == 1
+    assert {cell.family for cell in result.cells} == {"none", "clip"}
 
 
 @pytest.mark.parametrize(
