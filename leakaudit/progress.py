@@ -1,7 +1,8 @@
-"""Progress bars on stderr, with the time left; quiet when not a terminal."""
+"""Progress bars on stderr, with the time left; without a terminal a sweep says a line now and then."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -19,6 +20,9 @@ from rich.progress import (
 
 if TYPE_CHECKING:
     from leakaudit.execution import OnProgress
+
+BETWEEN_LINES = 30.0
+"""Seconds from one line of a sweep's progress in a log to the next."""
 
 OnSweep = Callable[[int, int, int], None]
 """Called with (jobs finished, of these failed, jobs in all)."""
@@ -50,6 +54,9 @@ def progress_bar(console: Console) -> Iterator[OnProgress]:
 @contextmanager
 def sweep_bar(console: Console) -> Iterator[OnSweep]:
     """Yields the callback that `leakaudit.sweep.run.run_sweep` takes."""
+    if not console.is_terminal:
+        yield _sweep_lines(console)
+        return
     columns = (
         TextColumn("sweep"),
         BarColumn(),
@@ -58,10 +65,26 @@ def sweep_bar(console: Console) -> Iterator[OnSweep]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("sweep", total=None, failed=0)
 
         def report(finished: int, failed: int, total: int) -> None:
             bar.update(task, completed=finished, total=total, failed=failed)
 
         yield report
+
+
+def _sweep_lines(console: Console) -> OnSweep:
+    """For the log of a build: a line when the last is `BETWEEN_LINES` old, none of a short sweep."""
+    began = last = time.monotonic()
+
+    def report(finished: int, failed: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < BETWEEN_LINES:
+            return
+        last = now
+        text = f"sweep: {finished} of {total} done, {failed} failed, {now - began:.0f} s"
+        console.print(text, soft_wrap=True, highlight=False)
+
+    return report

@@ -97,6 +97,7 @@ def test_strength_is_the_option_that_varies() -> None:
     assert strength("gaussian-noise:relative=0.1") == ("relative", 0.1)
     assert strength("random-k:unbiased=true,keep=0.3") == ("keep", 0.3)
     assert strength("none") is None
+    assert strength("quantise:to=fp16") is None, "bits mean nothing there"
     shares = expand("gaussian-noise:relative=0.1,0.2")
     assert [strength(spec, shares) for spec in shares] == [("relative", 0.1), ("relative", 0.2)]
     assert strength("top-k:keep=0.3", ["clip:max_grad_norm=2"]) == ("keep", 0.3)

@@ -178,7 +178,7 @@ def position_rows(view: View, noise: float) -> Tensor:
     """(P, H) rows of the positions in use; (0, H) without a learnt position embedding."""
     victim = language(view)
     if victim.position is None or victim.position not in view.observed:
-        return view.observed[victim.word].new_zeros((0, victim.hidden), dtype=torch.float64)
+        return torch.zeros((0, victim.hidden), dtype=torch.float64, device=victim.device)
     rows = view.observed[victim.position].double()[victim.first_position :]
     used = rows.square().sum(dim=1) > _row_threshold(len(rows), rows.shape[1], noise)
     last = int(used.nonzero().max()) + 1 if bool(used.any()) else 0

@@ -96,15 +96,18 @@ def strength(spec: str, among: Sequence[str] = ()) -> tuple[str, float] | None:
     """The numeric option that tells this defense from others of its family, and its value.
 
     It is the first that differs between `spec` and the specs of the same family in `among`; else the first
-    that is given; else the first there is.  None where no option is a number.
+    that is given, or that the canonical spec gives.  None where no number is.
     """
     numbers = _numbers(spec)
     others = [_numbers(other) for other in among if family(other) == family(spec)]
     varying = (i for i, number in enumerate(numbers) if any(other[i] != number for other in others))
     given = (
-        i for i, number in enumerate(numbers) if re.search(rf"\b{number[1]}\s*=", _part(spec, number[0]))
+        i
+        for text in (spec, format_defense(parse_defense(spec)))
+        for i, number in enumerate(numbers)
+        if re.search(rf"\b{number[1]}\s*=", _part(text, number[0]))
     )
-    for index in (*varying, *given, *range(len(numbers))):
+    for index in (*varying, *given):
         _, name, value = numbers[index]
         if value is not None:
             return name, value

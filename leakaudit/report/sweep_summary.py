@@ -11,6 +11,7 @@ from typing import Literal, TypeAlias
 from leakaudit.gate import policy_of
 from leakaudit.policy import Policy, Threshold
 from leakaudit.report import words
+from leakaudit.results import NEVER
 from leakaudit.sweep_results import Adversary, Bound, Cell, Example, Run, SweepResult, Utility
 
 State: TypeAlias = Literal["leaks", "not-recovered", "inconclusive", "failed", "pending"]
@@ -313,14 +314,21 @@ def headline(result: SweepResult) -> str:
         return (
             f"{len(gate.inconclusive)} of {words.plural(total, 'cell')} {_proves(gate.inconclusive)} nothing."
         )
-    leaking = sum(cell.verdict == "leaks" for cell in result.cells)
-    if leaking:
-        how = "which somebody accepted" if gate.accepted else "which the policy reports and does not fail"
-        return f"{leaking} of {words.plural(total, 'cell')} {'leaks' if leaking == 1 else 'leak'}, {how}."
-    return f"No attack that ran recovered private data in any of {words.plural(total, 'cell')}."
+    if gate.accepted:
+        count = len(gate.accepted)
+        return f"{count} of {words.plural(total, 'cell')} {_verb(gate.accepted)}, which somebody accepted."
+    leaking = [cell.name for cell in result.cells if cell.verdict == "leaks"]
+    if leaking and gate.policy.strip() == NEVER:
+        return (
+            f"{len(leaking)} of {words.plural(total, 'cell')} {_verb(leaking)}, which the policy reports and does"
+            " not fail."
+        )
+    defended = sum(cell.defense != "none" for cell in result.cells) if leaking else total
+    kind = "defended cell" if leaking else "cell"
+    return f"No attack that ran recovered private data in any of {words.plural(defended, kind)}."
 
 
-def _verb(names: Sequence[str]) -> str:
+def _verb(names: Sequence[object]) -> str:
     return "leaks" if len(names) == 1 else "leak"
 
 

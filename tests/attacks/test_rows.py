@@ -12,6 +12,7 @@ from text_rounds import labels_of, masked, noisy, pruned, random_tokens, tiny_vi
 from torch import Tensor
 
 from leakaudit.attacks.rows import noise_level, place, position_rows, read_rows
+from leakaudit.attacks.tiger import Tiger
 from leakaudit.bundled import TinyModel
 from leakaudit.models.language import IGNORED, LanguageVictim, Task
 from leakaudit.models.spaces import NO_TOKEN, stack_sentences
@@ -149,6 +150,16 @@ def test_without_the_word_embedding_there_are_no_rows() -> None:
     assert read_rows(replace(view, observed=view.observed.select(rest))) is None
     zeros = view.observed.map(torch.zeros_like)
     assert read_rows(replace(view, observed=zeros)) is None
+
+
+def test_without_either_embedding_no_position_is_in_use() -> None:
+    victim = tiny_victim("bert", "classification")
+    x = tokens_of(victim, 0)
+    view = view_of(victim, x, labels_of(victim, x))
+    rest = [name for name in view.observed if name not in (victim.word, victim.position)]
+    frozen = replace(view, observed=view.observed.select(rest))
+    assert position_rows(frozen, 0.0).shape == (0, victim.hidden)
+    assert "is not known" in str(Tiger().applies(frozen))
 
 
 def test_without_the_position_embedding_there_is_no_length() -> None:

@@ -30,7 +30,7 @@ from leakaudit.report.sweep_summary import (
     yardstick,
 )
 from leakaudit.report.sweep_theory_charts import error_plots, privacy_plots, run_errors
-from leakaudit.sweep_results import Adversary, Cell, Example, Gate, Run, RunStatus, SweepResult
+from leakaudit.sweep_results import Acceptance, Adversary, Cell, Example, Gate, Run, RunStatus, SweepResult
 
 SWEEP = small_sweep(None)
 GRID = st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0])
@@ -234,6 +234,17 @@ def test_sentences() -> None:
     )
     assert with_gate(Gate(policy="psnr>20"), clean).startswith("No attack that ran recovered private data")
     assert headline(empty_sweep()) == "The sweep has no cells."
+
+    control = next(item for item in SWEEP.cells if item.defense == "none" and item.verdict == "leaks")
+    known = next(item for item in SWEEP.cells if item.defense != "none" and item.verdict == "leaks")
+    accepted = [Acceptance(cell=known.name, owner="me", expires="2099-12-31")]
+    assert with_gate(Gate(policy="psnr>20", accepted=accepted), [control, known, *clean]) == (
+        f"1 of {len(clean) + 2} cells leaks, which somebody accepted."
+    )
+    defended = [item for item in clean if item.defense != "none"]
+    assert with_gate(Gate(policy="psnr>20"), [control, *defended]) == (
+        f"No attack that ran recovered private data in any of {len(defended)} defended cells."
+    )
 
 
 def test_errors_of_runs_come_from_the_mse_or_the_psnr() -> None:
