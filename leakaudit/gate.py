@@ -87,6 +87,7 @@ def judge_cell(
         return "inconclusive", doubts
     return "not-recovered", [
         *_forgiven(runs, policy),
+        *_cut(runs),
         "The same attack breaks the policy without the defense.",
     ]
 
@@ -188,6 +189,17 @@ def _own_doubts(runs: Sequence[Run]) -> Iterator[str]:
 def _forgiven(runs: Sequence[Run], policy: Policy) -> list[str]:
     return [
         f"{text}, within the share that the quantile sets aside." for text in policy.broken_by(_rows(runs))
+    ]
+
+
+def _cut(runs: Sequence[Run]) -> list[str]:
+    """What more time might show; no doubt, as the control had no more."""
+    early = [run for run in runs if run.cut]
+    names = ", ".join(dict.fromkeys(name for run in early for name in run.cut))
+    if not early:
+        return []
+    return [
+        f"The time budget ended {names} early in {len(early)} of {len(runs)} runs: more may recover more."
     ]
 
 

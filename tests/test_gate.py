@@ -159,6 +159,13 @@ def test_doubts(runs: list[Run], control: bool | None, reason: str) -> None:
     assert any(reason in text for text in reasons), reasons
 
 
+def test_a_cell_says_that_its_attacks_were_cut_short() -> None:
+    runs = [sample_run().model_copy(update={"cut": ["tv-path", "idlg"]}), sample_run(seed=1)]
+    verdict, reasons = judge_cell(runs, parse_policy(POLICY), 1.0, True)
+    assert verdict == "not-recovered"
+    assert reasons[0] == "The time budget ended tv-path, idlg early in 1 of 2 runs: more may recover more."
+
+
 def test_the_want_of_a_runs_own_control_spoils_nothing() -> None:
     for sentence in ("The positive control did not run.", "The positive control did not run: no images."):
         runs = [sample_run(reasons=[sentence])]
