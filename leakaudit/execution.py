@@ -24,6 +24,10 @@ OnProgress = Callable[[str, int, int, float], None]
 """Called with (what is running, iteration, total, loss)."""
 
 
+OUT_OF_TIME = "the time budget was used up"
+"""Why an attack that applies was not begun."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """What to run.
@@ -108,7 +112,7 @@ def _needless(
         deficient = check is not None and check.rank is not None
         if check is not None and check.status == "consistent" and (entry.name in EXACT or not deficient):
             return f"{outcome.chosen.name} already explains the update to its floor"
-    return "the time budget was used up" if _late(deadline) else None
+    return OUT_OF_TIME if _late(deadline) else None
 
 
 def _late(deadline: float | None) -> bool:

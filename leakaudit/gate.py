@@ -73,8 +73,9 @@ def judge_cell(
     a share of scores, never a proof.
 
     "not-recovered" only when every run is done, each policy metric was measured on every example,
-    the control passed, and no run's audit is in doubt (`Run.reasons` of an inconclusive one, less that its
-    own control did not run: the sweep's control stands for it).  "inconclusive" otherwise.
+    the control passed, the attack that came nearest had all the time it took, and no run's audit is in
+    doubt (`Run.reasons` of an inconclusive one, less that its own control did not run: the sweep's control
+    stands for it).  "inconclusive" otherwise.
 
     Args:
         quantile: above 0, up to 1.
@@ -87,11 +88,18 @@ def judge_cell(
     leaks = [*_crossings(runs, policy, quantile), *_proofs(runs, policy)]
     if leaks:
         return "leaks", [*leaks, *_unfinished(runs)]
-    doubts = [*_unfinished(runs), *_unmeasured(runs, policy), *_control(control), *_own_doubts(runs)]
+    doubts = [
+        *_unfinished(runs),
+        *_ended_early(runs),
+        *_unmeasured(runs, policy),
+        *_control(control),
+        *_own_doubts(runs),
+    ]
     if doubts:
         return "inconclusive", doubts
     return "not-recovered", [
         *_forgiven(runs, policy),
+        *_cut(runs),
         "The same attack breaks the policy without the defense.",
     ]
 
@@ -193,6 +201,26 @@ def _own_doubts(runs: Sequence[Run]) -> Iterator[str]:
 def _forgiven(runs: Sequence[Run], policy: Policy) -> list[str]:
     return [
         f"{text}, within the share that the quantile sets aside." for text in policy.broken_by(_rows(runs))
+    ]
+
+
+def _ended_early(runs: Sequence[Run]) -> list[str]:
+    """A doubt where the attack that came nearest was still at it when its time was up."""
+    return [
+        f"{_named(run)}: the time budget ended {run.attack} early, which came nearest; raise it."
+        for run in runs
+        if run.attack in run.cut
+    ]
+
+
+def _cut(runs: Sequence[Run]) -> list[str]:
+    """What more time might show; no doubt, as another attack came nearer and had the time it took."""
+    early = [run for run in runs if run.cut]
+    names = ", ".join(dict.fromkeys(name for run in early for name in run.cut))
+    if not early:
+        return []
+    return [
+        f"The time budget ended {names} early in {len(early)} of {len(runs)} runs: more may recover more."
     ]
 
 

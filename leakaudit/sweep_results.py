@@ -64,6 +64,7 @@ class Run(Value):
         attack: the attack with the best reconstruction, where several were run (auto).
         residual: relative, of that attack; None when nothing ran.
         examples: of that attack's reconstruction, but each with the best scores any attack reached.
+        cut: attacks that the time budget ended early.
         unmeasured: metrics of the policy that were not measured.
         reasons: of the verdict, and warnings that bear on it.
         noise_std, update_rms: of the noise added (standard deviation a number; 0 without noise) and of
@@ -83,6 +84,7 @@ class Run(Value):
     residual: float | None = None
     seconds: float = 0.0
     examples: list[Example] = Field(default_factory=list)
+    cut: list[str] = Field(default_factory=list)
     unmeasured: list[str] = Field(default_factory=list)
     strip: list[Frame] = Field(default_factory=list)
     noise_std: float | None = None

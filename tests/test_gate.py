@@ -158,6 +158,17 @@ def test_doubts(runs: list[Run], control: bool | None, reason: str) -> None:
     assert any(reason in text for text in reasons), reasons
 
 
+def test_a_cell_says_that_its_attacks_were_cut_short() -> None:
+    runs = [sample_run().model_copy(update={"cut": ["tv-path", "idlg"]}), sample_run(seed=1)]
+    verdict, reasons = judge_cell(runs, parse_policy(POLICY), 1.0, True)
+    assert verdict == "not-recovered"
+    assert reasons[0] == "The time budget ended tv-path, idlg early in 1 of 2 runs: more may recover more."
+    nearest = [run.model_copy(update={"attack": "tv-path"}) for run in runs]
+    verdict, reasons = judge_cell(nearest, parse_policy(POLICY), 1.0, True)
+    assert verdict == "inconclusive", "the attack that came nearest was still getting nearer"
+    assert reasons[0].endswith("the time budget ended tv-path early, which came nearest; raise it.")
+
+
 def test_the_want_of_a_runs_own_control_spoils_nothing() -> None:
     for sentence in ("The positive control did not run.", "The positive control did not run: no images."):
         runs = [sample_run(reasons=[sentence])]

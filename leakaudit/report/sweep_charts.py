@@ -131,7 +131,7 @@ def _utility_plot(result: SweepResult, yard: Yardstick, protocol: str) -> Plot |
 
 
 def _utility_points(result: SweepResult, yard: Yardstick, protocol: str) -> tuple[list[_Point], list[str]]:
-    """Per defense the cell that leaks most, of the adversary who knows it where that one was measured."""
+    """Per defense the cell that leaks most, whichever the adversary: who knows a defense may ignore it."""
     targets: dict[str, list[int]] = {}
     for index, cell in enumerate(result.cells):
         if cell.protocol == protocol:
@@ -139,12 +139,11 @@ def _utility_points(result: SweepResult, yard: Yardstick, protocol: str) -> tupl
     points, missing = [], []
     for defense, indices in targets.items():
         scored = [(i, score) for i in indices if (score := worst_score(result.cells[i], yard)) is not None]
-        adaptive = [item for item in scored if result.cells[item[0]].adversary == "adaptive"]
         utility = utility_of(result, result.cells[indices[0]])
         if not scored or utility is None or utility.accuracy is None or not has_accuracy(utility):
             missing.append(defense)
             continue
-        index, score = max(adaptive or scored, key=lambda item: yard.leakage(item[1]))
+        index, score = max(scored, key=lambda item: yard.leakage(item[1]))
         points.append(_Point(index, result.cells[index], utility.accuracy, score, utility))
     return points, missing
 

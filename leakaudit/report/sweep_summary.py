@@ -85,9 +85,11 @@ class Pair:
     oblivious: int | None = None
     adaptive: int | None = None
 
-    @property
-    def most_informed(self) -> int | None:
-        return self.oblivious if self.adaptive is None else self.adaptive
+    def chief(self, cells: Sequence[Cell]) -> int:
+        """The cell that says what the target is worth: the one that leaks, the adaptive one first, as who knows a
+        defense may ignore it; where neither does, the adaptive one, if it was tried."""
+        there = [index for index in (self.adaptive, self.oblivious) if index is not None]
+        return next((index for index in there if cells[index].verdict == "leaks"), there[0])
 
 
 @dataclass(frozen=True)
@@ -231,15 +233,16 @@ def epsilon_of(result: SweepResult, cell: Cell) -> float | None:
 
 
 def chief_bound(result: SweepResult, cell: Cell) -> Bound | None:
-    """The one worth a column: what holds for every adversary first, epsilon left to its own column."""
+    """The one worth a column: what holds for every adversary first, epsilon left to its own column; of two errors
+    the smaller, as an adversary with a prior is below what binds the unbiased one."""
     found = [
         item for item in bounds_of(result, cell) if item.value is not None and item.quantity != "epsilon"
     ]
     wanted = ("probability", "mse")
 
-    def rank(bound: Bound) -> tuple[bool, int]:
+    def rank(bound: Bound) -> tuple[bool, int, float]:
         place = wanted.index(bound.quantity) if bound.quantity in wanted else len(wanted)
-        return bound.kind != "bound", place
+        return bound.kind != "bound", place, bound.value or 0.0
 
     return min(found, key=rank, default=None)
 

@@ -124,9 +124,7 @@ def _table(result: SweepResult, rows: Sequence[Row], yard: Yardstick) -> Table:
 
 
 def _cells(result: SweepResult, pair: Pair, yard: Yardstick) -> list[Text]:
-    informed = pair.most_informed
-    assert informed is not None  # a pair is made of at least one cell
-    cell = result.cells[informed]
+    cell = result.cells[pair.chief(result.cells)]
     state, utility = state_of(cell), utility_of(result, cell)
     name = "no defense" if cell.defense == NO_DEFENSE else cell.defense
     return [
@@ -174,7 +172,7 @@ def _theory(bound: Bound | None) -> str:
 def _legend(yard: Yardstick) -> Text:
     name = f"{yard.name}{' in ' + yard.unit if yard.unit else ''}"
     marks = ", ".join(f"{mark} {state.replace('-', ' ')}" for state, mark in STATE_MARKS.items())
-    text = f"\nScores: worst {name}; {marks}. Verdict: of the best informed adversary tried."
+    text = f"\nScores: worst {name}; {marks}. Verdict: of the worse of both adversaries."
     return plain(
         text + " Accuracy in %. Theory: success ≤ or MSE ≥ for any adversary, ~ an indicator only.", "dim"
     )

@@ -16,7 +16,7 @@ from leakaudit.atomic import write_atomically
 from leakaudit.auditing import Settings, Subject, audit
 from leakaudit.capture import Captured, capture
 from leakaudit.defenses.naming import Parts, adapted, parse_defense
-from leakaudit.execution import Plan
+from leakaudit.execution import OUT_OF_TIME, Plan
 from leakaudit.formats.loading import SharedUpdate
 from leakaudit.inspection import Inspection
 from leakaudit.judgement import NOUNS
@@ -222,14 +222,16 @@ def summarise(result: AuditResult, policy: Policy, metrics: tuple[str, ...], pla
     """The fields of a `Run` that an audit gives; `place` is its folder, relative to the sweep's.
 
     The doubts of an audit (whether file and checkpoint belong together, whether there was a defense) are settled
-    here, where the sweep made the update itself: of a run that does not leak no reasons are kept.
+    here, where the sweep made the update itself: of a run that does not leak the only doubt is over attacks that
+    apply and were not begun, for want of time.
     """
     leaks = result.verdict.status == "leaks"
     fields: dict[str, Any] = {
         "status": "interrupted" if result.interrupted else "done",
         "verdict": result.verdict.status,
         "headline": result.verdict.headline if leaks else _headline(result),
-        "reasons": list(result.verdict.reasons) if leaks else [],
+        "reasons": list(result.verdict.reasons) if leaks else _not_begun(result),
+        "cut": [trial.attack for trial in result.trials if _cut(trial)],
     }
     trials = [trial for trial in result.trials if trial.best is not None]
     if not trials:
@@ -256,8 +258,17 @@ def summarise(result: AuditResult, policy: Policy, metrics: tuple[str, ...], pla
 def _headline(result: AuditResult) -> str:
     text = f"No attack that ran recovered {NOUNS[result.medium].possession}"
     best = result.best_trial
-    late = best is not None and any(attempt.stopped == "budget" for attempt in best.attempts)
+    late = best is not None and _cut(best)
     return f"{text}; the time budget ended the best one early." if late else f"{text}."
+
+
+def _cut(trial: Trial) -> bool:
+    return any(attempt.stopped == "budget" for attempt in trial.attempts)
+
+
+def _not_begun(result: AuditResult) -> list[str]:
+    names = [item.attack for item in result.skipped if item.reason == OUT_OF_TIME]
+    return [f"The time budget left none for {', '.join(names)}."] if names else []
 
 
 def _nothing(result: AuditResult) -> str:

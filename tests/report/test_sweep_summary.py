@@ -30,7 +30,19 @@ from leakaudit.report.sweep_summary import (
     yardstick,
 )
 from leakaudit.report.sweep_theory_charts import error_plots, privacy_plots, run_errors
-from leakaudit.sweep_results import Acceptance, Adversary, Cell, Example, Gate, Run, RunStatus, SweepResult
+from leakaudit.results import VerdictStatus
+from leakaudit.sweep_results import (
+    Acceptance,
+    Adversary,
+    Bound,
+    Cell,
+    Example,
+    Gate,
+    Run,
+    RunStatus,
+    SweepResult,
+    Utility,
+)
 
 SWEEP = small_sweep(None)
 GRID = st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0])
@@ -209,7 +221,7 @@ def test_theory_beside_a_cell() -> None:
     private = named(SWEEP, "dp-sgd:noise_multiplier=0.5,max_grad_norm=1")
     assert epsilon_of(SWEEP, private) == 12.0
     assert bound_text(chief_bound(SWEEP, private)) == "success ≤ 17\u202f%"
-    assert bound_text(chief_bound(SWEEP, named(SWEEP, "gaussian-noise:std=0.01"))).startswith("MSE ≥ 0.003")
+    assert bound_text(chief_bound(SWEEP, named(SWEEP, "gaussian-noise:std=0.01"))).startswith("MSE ≥ 0.0025")
     assert bound_text(chief_bound(SWEEP, named(SWEEP, "int8:per=row"))) == "–"
 
 
@@ -245,6 +257,51 @@ def test_sentences() -> None:
     assert with_gate(Gate(policy="psnr>20"), [control, *defended]) == (
         f"No attack that ran recovered private data in any of {len(defended)} defended cells."
     )
+
+
+def test_an_adversary_who_knows_the_defense_may_ignore_it() -> None:
+    def pair(oblivious: VerdictStatus, adaptive: VerdictStatus) -> str:
+        cells = [
+            cell("clip", adversary="oblivious", verdict=oblivious),
+            cell("clip", adversary="adaptive", verdict=adaptive),
+        ]
+        (row,) = rows_of(cells)
+        return cells[row.pairs[0].chief(cells)].adversary
+
+    assert pair("leaks", "not-recovered") == "oblivious"
+    assert pair("leaks", "leaks") == "adaptive"
+    assert pair("not-recovered", "inconclusive") == "adaptive"
+
+
+def test_the_point_of_a_defense_is_the_worst_of_both_adversaries() -> None:
+    cells = [
+        cell("clip", adversary="oblivious", scores=[{"psnr": 30.0}]),
+        cell("clip", adversary="adaptive", scores=[{"psnr": 15.0}]),
+    ]
+    utility = Utility(protocol=cells[0].protocol, defense="clip", accuracy=0.5)
+    result = SWEEP.model_copy(update={"cells": cells, "utilities": [utility]})
+    (plot,) = utility_plots(result, yardstick(result))
+    assert [point.score for point in plot.listed] == [yardstick(result).write(30.0)]
+
+
+def test_of_two_indicators_the_smaller_error_is_shown() -> None:
+    private = cell("gaussian-noise")
+    bounds = [
+        Bound(
+            protocol=private.protocol,
+            defense=private.defense,
+            name=name,
+            kind="indicator",
+            quantity="mse",
+            value=value,
+            text="",
+            source="",
+        )
+        for name, value in (("cramer-rao", 6.5), ("bayesian-cramer-rao", 0.0058))
+    ]
+    found = chief_bound(SWEEP.model_copy(update={"bounds": bounds}), private)
+    assert found is not None
+    assert found.name == "bayesian-cramer-rao"
 
 
 def test_errors_of_runs_come_from_the_mse_or_the_psnr() -> None:

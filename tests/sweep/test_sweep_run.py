@@ -20,9 +20,11 @@ from leakaudit.capture import capture
 from leakaudit.data import load_batch, photo_folder
 from leakaudit.defenses import DEFENSES, GaussianNoise
 from leakaudit.errors import InputError
-from leakaudit.gate import read_sweep
+from leakaudit.execution import OUT_OF_TIME
+from leakaudit.gate import judge_cell, read_sweep
+from leakaudit.policy import parse_policy
 from leakaudit.report.folder import read_run
-from leakaudit.results import Value
+from leakaudit.results import Skipped, Value
 from leakaudit.rounds import Round
 from leakaudit.sweep import jobs
 from leakaudit.sweep.config import build_config
@@ -72,6 +74,24 @@ def test_verdicts_controls_and_scores(result: SweepResult) -> None:
     assert [cell.strength for cell in result.cells] == [None, *[("std", 1e-4)] * 2, *[("std", 10.0)] * 2]
     assert {cell.family for cell in result.cells} == {"none", "gaussian-noise"}
     assert "in 2 of 2 runs" in result.notes[0]
+
+
+def test_what_the_time_budget_left_out_is_told(folder: Path, result: SweepResult) -> None:
+    (first, *_) = cells(result)["gaussian-noise:std=10.0", "adaptive"].runs
+    audit = read_run(folder / "out" / "runs" / first.key)
+    (trial,) = audit.trials
+    attempts = [attempt.model_copy(update={"stopped": "budget"}) for attempt in trial.attempts]
+    late = audit.model_copy(
+        update={
+            "trials": [trial.model_copy(update={"attempts": attempts})],
+            "skipped": [Skipped(attack="idlg", reason=OUT_OF_TIME), Skipped(attack="dlg", reason="no")],
+        }
+    )
+    policy = parse_policy(result.gate.policy)
+    before, after = (jobs.summarise(each, policy, ("psnr",), "runs/KEY") for each in (audit, late))
+    assert (before["cut"], before["reasons"]) == ([], [])
+    assert (after["cut"], after["reasons"]) == (["linear"], ["The time budget left none for idlg."])
+    assert judge_cell([first.model_copy(update=after)], policy, 1.0, True)[0] == "inconclusive"
 
 
 def test_an_adversary_who_does_not_know_the_defense_proves_nothing_by_failing(tmp_path: Path) -> None:
