@@ -35,6 +35,9 @@ _TOKEN_TASKS = {
 
 _SHUFFLED = "epsilon is that of Poisson-sampled batches, these were shuffled"
 
+BARELY = 0.02
+"""Accuracy above that of always saying the commonest class which still counts as having learnt nothing."""
+
 
 @dataclass(frozen=True)
 class Training:
@@ -143,6 +146,7 @@ def measure_utility(
     task = medium_of(victim).task(victim)
     reasons = [
         *_diverged(runs, victim),
+        *_learnt_nothing(runs, y),
         *([_TOKEN_TASKS[task]] if task in _TOKEN_TASKS else []),
         *([_SHUFFLED] if spent is not None and _poisson_rate(chain, plan) is None else []),
     ]
@@ -156,6 +160,17 @@ def measure_utility(
             "seconds": time.monotonic() - began,
         }
     )
+
+
+def _learnt_nothing(runs: Sequence[_Run], labels: Tensor) -> list[str]:
+    """A word where the accuracy is what a model has that always says the commonest of (N,) classes."""
+    if labels.dim() != 1:
+        return []
+    commonest = float(labels.bincount().max()) / len(labels)
+    final = sum(run.curve.points[-1][1] for run in runs) / len(runs)
+    if final > commonest + BARELY:
+        return []
+    return [f"no better than always saying the commonest class, which is right in {commonest:.0%}"]
 
 
 def training_round(audited: Round, defenses: Sequence[Defense], training: Training, available: int) -> Round:

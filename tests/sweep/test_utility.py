@@ -584,3 +584,10 @@ def test_a_model_of_sentences_learns_its_classes() -> None:
     found = measure_utility(victim, data, [], Round(1), training, protocol="p", defense="none", seed=0)
     assert found.accuracy is not None
     assert found.accuracy >= 0.75
+
+
+def test_an_accuracy_of_the_commonest_class_is_called_so() -> None:
+    found = measured(training=replace(SHORT, learning_rate=1e-9))
+    assert found.accuracy is not None
+    assert found.accuracy <= 1 / CLASSES + 0.02
+    assert "no better than always saying the commonest class, which is right in 2" in found.reason
