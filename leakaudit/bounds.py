@@ -40,7 +40,7 @@ MOST_STEPS = 10_000
 SMOOTHNESS = 0.1
 """Standard deviation of the difference between neighbours, in pixels of [0, 1], as Levenberg-Marquardt's prior."""
 WIDEST = 0.5
-"""The largest standard deviation a pixel of [0, 1] can have (Popoviciu 1935)."""
+"""The largest standard deviation a number in [0, 1] can have (Popoviciu 1935); here of the mean of a channel."""
 NOISELESS = 1e-4
 """Noise taken for a tensor without any, as a share of the largest; it keeps the equations finite."""
 
@@ -416,11 +416,13 @@ class Equations:
     def bayesian_error(self) -> float:
         """Mean over pixels of the posterior variance, in pixels of [0, 1], under the prior of `docs/bounds.md`."""
         count = self.system.view.round.num_examples
+        channels, height, width = self.system.view.victim.space.shape
         one = smoothness_matrix(self.system, SMOOTHNESS)
-        prior = torch.kron(torch.eye(count).to(one), one)
         scale = self.system.pixel_scale
+        means = torch.kron(torch.eye(count * channels).to(one), one.new_full((1, height * width), 1.0))
+        means = means * scale / (height * width * WIDEST)
+        prior = torch.kron(torch.eye(count).to(one), one) + means.T @ means
         information = self.columns.T @ self.columns + prior
-        information.diagonal().add_((scale / WIDEST).square())
         covariance = torch.cholesky_inverse(torch.linalg.cholesky(information))
         return float((covariance.diagonal() * scale.square()).mean())
 
@@ -512,8 +514,8 @@ def bayesian(target: Target, error: float) -> Bound:
         [
             KNOWN,
             GAUSSIAN,
-            f"Gaussian prior: neighbouring pixels differ by {SMOOTHNESS:g}, pixels from grey by {WIDEST:g} (standard"
-            " deviations); an adversary with a better prior may be better",
+            f"Gaussian prior: neighbouring pixels differ by {SMOOTHNESS:g}, the mean of a channel from grey by"
+            f" {WIDEST:g} (standard deviations); an adversary with a better prior may be better",
             "the information at the true input stands for its mean over the prior",
         ],
         {"smoothness": SMOOTHNESS, "deviation": WIDEST, "psnr": decibels(error)},

@@ -223,6 +223,14 @@ def test_cramer_rao_is_that_of_the_whole_jacobian(defense: Defense, count: int) 
     assert found["bayesian-cramer-rao"].value <= 0.25
 
 
+def test_behind_endless_noise_only_the_prior_is_left() -> None:
+    """The mean of a channel has deviation 0.5, whatever the normalisation; neighbours differ by 0.1 on top."""
+    view, x, y = noisy_view(GaussianNoise(std=1e9), std=1e9)
+    left = bounds_of(view, x, y, GaussianNoise(std=1e9))["bayesian-cramer-rao"].value
+    assert left is not None
+    assert 0.25 < left < 0.27
+
+
 def test_a_tensor_without_noise_counts_for_more() -> None:
     view, x, y = noisy_view(GaussianNoise(std=1e-3), std=1e-3)
     some = replace(view, spread=dict.fromkeys(list(view.observed)[1:], 0.001))
