@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterable
 
 from rich.console import Console
@@ -39,8 +40,9 @@ def _notes(console: Console, lines: Iterable[str]) -> None:
         console.print(Text(line), soft_wrap=True)
 
 
-def _first_line(described: object) -> str:
-    return (type(described).__doc__ or "").strip().partition("\n")[0]
+def _summary(preset: object) -> str:
+    """The first paragraph of what the class says of itself, as one line."""
+    return " ".join(inspect.cleandoc(type(preset).__doc__ or "").partition("\n\n")[0].split())
 
 
 def _options(preset: object) -> str:
@@ -60,7 +62,7 @@ def _attacks(console: Console) -> None:
 
 def _defenses(console: Console) -> None:
     defenses, broken = DEFENSES.usable()
-    rows = ((name, f"{_first_line(defense)}\n{_options(defense)}") for name, defense in defenses.items())
+    rows = ((name, f"{_summary(defense)}\n{_options(defense)}") for name, defense in defenses.items())
     _print(console, ("defense", "what it does, and its options"), rows)
     _notes(console, broken)
 
@@ -68,7 +70,7 @@ def _defenses(console: Console) -> None:
 def _protocols(console: Console) -> None:
     from leakaudit.sweep.protocols import PROTOCOLS  # sweeps stand above audits
 
-    rows = ((name, f"{_first_line(protocol)}\n{_options(protocol)}") for name, protocol in PROTOCOLS.items())
+    rows = ((name, f"{_summary(protocol)}\n{_options(protocol)}") for name, protocol in PROTOCOLS.items())
     _print(console, ("protocol", "what it does, and its options"), rows)
 
 
