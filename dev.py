@@ -49,7 +49,8 @@ def test(arguments: list[str]) -> None:
     run(PYTHON, "-m", "ruff", "check", ".")
     run(PYTHON, "-m", "ruff", "format", "--check", ".")
     run(PYTHON, "-m", "mypy")
-    run(PYTHON, "-m", "pytest", *arguments)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process for each core, a thread for each process
+    run(PYTHON, "-m", "pytest", "--numprocesses", "2", "--dist", "loadfile", *arguments)
 
 
 if __name__ == "__main__":
