@@ -156,7 +156,11 @@ def cores() -> int:
 
 
 def local_engine(workers: int | None, device: str) -> Engine:
-    """This process for 0 workers, else a pool; None makes one worker a core, or one a GPU."""
+    """This process for 0 workers, else a pool; None makes one worker a core, or one a GPU.
+
+    The workers share the cores, within the threads that this process may use (OMP_NUM_THREADS).  Sums of
+    floats, and so the last digits of results, depend on the number of threads.
+    """
     from leakaudit.subject import pick_device  # a worker has no use for it, and starts sooner without
 
     chosen = pick_device(device)
@@ -165,4 +169,4 @@ def local_engine(workers: int | None, device: str) -> Engine:
         workers = cores() if chosen.type == "cpu" else max(1, gpus)
     if workers == 0:
         return InProcess()
-    return LocalPool(workers, max(1, cores() // workers), gpus)
+    return LocalPool(workers, max(1, min(cores() // workers, torch.get_num_threads())), gpus)
