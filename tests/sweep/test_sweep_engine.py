@@ -13,6 +13,7 @@ from multiprocessing import active_children
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_sweeps import config, timeless, values
 from tiny_tasks import Note, Task
 
@@ -31,10 +32,13 @@ def always() -> bool:
 
 def test_workers_are_as_many_as_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "cores", lambda: 8)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     assert local_engine(0, "cpu") == InProcess()
     assert local_engine(None, "cpu") == LocalPool(8, 1)
     assert local_engine(3, "cpu") == LocalPool(3, 2)
     assert local_engine(20, "cpu") == LocalPool(20, 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # as OMP_NUM_THREADS=1 makes it
+    assert local_engine(3, "cpu") == LocalPool(3, 1)
 
 
 def test_in_process_stops_when_told(tmp_path: Path) -> None:
