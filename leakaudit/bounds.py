@@ -7,7 +7,6 @@ this example and binds nobody: a biased adversary, or one with a better prior, m
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -390,19 +389,17 @@ class Equations:
         # around the undisturbed update the compression of fully connected layers loses nothing, to first order
         view = replace(view, observed=view.simulate(x, y).detach())
         limit = view.observed.numel() if spread else 4 * view.unknowns
-        rows = plan(view, limit).equations
-        size = 8 * (view.unknowns * rows + 3 * min(view.unknowns, rows) ** 2) / 1e9
+        planned = plan(view, limit)
+        size = planned.gigabytes(view.unknowns)
         if size > limits.memory_gb:
             raise Unaffordable(
-                f"a Jacobian of {rows:,} equations in {view.unknowns:,} unknowns takes {size:.1f} GB, more than"
-                f" {limits.memory_gb:g}"
+                f"a Jacobian of {planned.equations:,} equations in {view.unknowns:,} unknowns takes {size:.1f} GB,"
+                f" more than {limits.memory_gb:g}"
             )
         weights = {name: 1 / spread[name] for name in view.observed} if spread else None
         system = System.of(view, y, generator, limit, weights)
         point = system.point(x)
-        began = time.monotonic()
-        share = system.probe(point) / view.unknowns
-        expected = (time.monotonic() - began) / share
+        expected = system.seconds(point)
         if expected > limits.seconds:
             raise Unaffordable(
                 f"its Jacobian would take about {expected:.0f} s, more than {limits.seconds:g}"

@@ -10,15 +10,12 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import date, datetime, timezone
 from pathlib import Path
-from typing import Literal, TypeAlias, TypeVar
-
-from pydantic import ValidationError
-from pydantic_core import from_json
+from typing import Literal, TypeAlias
 
 from leakaudit.atomic import write_atomically
 from leakaudit.errors import InputError
 from leakaudit.policy import Policy, Threshold, parse_policy
-from leakaudit.results import NO_CONTROL, Value, VerdictStatus
+from leakaudit.results import NO_CONTROL, Read, Value, VerdictStatus, parse_versioned
 from leakaudit.sweep_results import (
     SWEEP_NAME,
     SWEEP_SCHEMA_VERSION,
@@ -39,8 +36,6 @@ EXACT = 40.0
 Standing: TypeAlias = Literal["broken", "accepted", "inconclusive", "reported", "passed"]
 """How a cell came out: "reported" ones fail nothing though they leak, or prove nothing, because the policy is
 `never` or the gate does not count them (the undefended rows that serve as the control)."""
-
-Read = TypeVar("Read", bound=Value)
 
 
 class Baseline(Value):
@@ -478,16 +473,4 @@ def _read(path: Path, kind: type[Read], what: str, schema: int) -> Read:
         text = path.read_bytes()
     except OSError as error:
         raise InputError(f"cannot read the {what} {path}: {error.strerror}") from error
-    try:
-        content = from_json(text)
-    except ValueError as error:
-        raise InputError(f"{what} {path} is not JSON: {error}") from error
-    version = content.get("schema_version") if isinstance(content, dict) else None
-    if version != schema:
-        raise InputError(f"{what} {path} has schema_version {version!r}; this leakaudit reads {schema}")
-    try:
-        return kind.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{path} is not a {what}: {where}: {first['msg']}") from error
+    return parse_versioned(text, kind, schema, path, called=f"{what} {path}", noun=f"a {what}")

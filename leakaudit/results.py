@@ -7,11 +7,12 @@ relative to the run folder; tensors live in `reconstruction.safetensors`.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic_core import from_json
 
-from leakaudit.errors import EXIT_INCONCLUSIVE, EXIT_LEAKAGE, EXIT_WITHIN_POLICY
+from leakaudit.errors import EXIT_INCONCLUSIVE, EXIT_LEAKAGE, EXIT_WITHIN_POLICY, InputError
 
 SCHEMA_VERSION = 1
 
@@ -32,6 +33,35 @@ class Value(BaseModel):
     """Base of all results: immutable, unknown keys refused, NaN and infinity kept in JSON."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+
+
+Read = TypeVar("Read", bound=Value)
+
+
+def parse_versioned(
+    text: bytes, kind: type[Read], schema: int, path: Path, *, called: str, noun: str
+) -> Read:
+    """The value in a JSON file of a stated `schema_version`.
+
+    Args:
+        called: the file, as the messages name it; noun: what should be in it, with its article.
+
+    Raises:
+        InputError: not JSON, another schema, or not a `kind`.
+    """
+    try:
+        content = from_json(text)
+    except ValueError as error:
+        raise InputError(f"{called} is not JSON: {error}") from error
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if version != schema:
+        raise InputError(f"{called} has schema_version {version!r}; this leakaudit reads {schema}")
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"{path} is not {noun}: {where}: {first['msg']}") from error
 
 
 class KnowledgeRow(Value):

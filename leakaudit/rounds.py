@@ -12,7 +12,7 @@ shuffling, so step s sees examples s*B .. (s+1)*B - 1 modulo their number.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
 
@@ -106,15 +106,23 @@ def parameter_gradient(victim: Victim, params: Params, x: Tensor, y: Tensor) -> 
     return dict(zip(leaves, gradients, strict=True))
 
 
+Gradient = Callable[[Victim, Params, Tensor, Tensor], Mapping[str, Tensor]]
+
+
 def local_steps(
-    victim: Victim, params: Params, round: Round, x: Tensor, y: Tensor
+    victim: Victim,
+    params: Params,
+    round: Round,
+    x: Tensor,
+    y: Tensor,
+    gradient: Gradient = parameter_gradient,
 ) -> Iterator[tuple[Params, Tensor, Params]]:
     """(parameters before the step, the step's examples, its gradient) for every local step."""
     current: Params = dict(params)
     for step in range(round.local_steps):
         rows = round.batch(step)
         examples = x[rows[0] : rows[-1] + 1]
-        step_gradient = parameter_gradient(victim, current, examples, y[rows[0] : rows[-1] + 1])
+        step_gradient = gradient(victim, current, examples, y[rows[0] : rows[-1] + 1])
         yield current, examples, step_gradient
         current = {name: current[name] - round.learning_rate * g for name, g in step_gradient.items()}
 
@@ -134,11 +142,20 @@ def client_update(victim: Victim, params: Params, round: Round, x: Tensor, y: Te
     """
     if round.clients > 1:
         return mean_update(client_update, victim, params, round, x, y)
-    total: Update | None = None
-    for _, _, gradient in local_steps(victim, params, round, x, y):
-        total = Update(gradient) if total is None else total + Update(gradient)
-    assert total is not None  # a round has at least one step
-    return total
+    return local_sum(victim, params, round, x, y)
+
+
+def local_sum(
+    victim: Victim,
+    params: Params,
+    round: Round,
+    x: Tensor,
+    y: Tensor,
+    gradient: Gradient = parameter_gradient,
+) -> Update:
+    """The sum of the gradients of one client's local steps."""
+    steps = local_steps(victim, params, round, x, y, gradient)
+    return reduce(Update.__add__, (Update(step) for _, _, step in steps))
 
 
 def mean_update(

@@ -170,18 +170,31 @@ def open_update(sources: Sources, seed: int = 0) -> Opened:
     device = victim.device
     shared = replace(shared, update=shared.update.to(device))
     labels = None if sources.labels is None else _labels(sources.labels, victim)
-    view, medium = see(victim, shared, labels), medium_of(victim)
     parts, unknown = _stated_defenses(manifest)
-    inspection = medium.inspect(
-        replace(view, knowledge=adapted(view, parts).knowledge),  # that there is noise, or no scale
+    view, inspection = inspected(see(victim, shared, labels), shared, parts, seed)
+    remarks = medium_of(victim).remarks(victim, manifest)
+    findings = (*_findings(shared, inspection), *unknown, *remarks)
+    return Opened(shared, view, inspection, _hashes(sources, shared), findings)
+
+
+def inspected(
+    view: View, shared: SharedUpdate, known: Parts, seed: int, *, unaware: bool = False
+) -> tuple[View, Inspection]:
+    """The view of an adversary who has inspected the update and knows these defenses, and what the update gives
+    away by itself.
+
+    One who is `unaware` that there may be any makes nothing of noise that the inspection finds.
+    """
+    inspection = medium_of(view.victim).inspect(
+        replace(view, knowledge=adapted(view, known).knowledge),  # that there is noise, or no scale
         buffers_after=shared.buffers or None,
         raw=shared.raw,
         dtypes=shared.dtypes,
         generator=fork(seed, "inspection"),
     )
-    findings = (*_findings(shared, inspection), *unknown, *medium.remarks(victim, manifest))
-    view = adapted(learn(view, inspection), parts)
-    return Opened(shared, view, inspection, _hashes(sources, shared), findings)
+    if unaware:
+        inspection = replace(inspection, noise_std=None)
+    return adapted(learn(view, inspection), known), inspection
 
 
 def _stated_defenses(manifest: Manifest) -> tuple[Parts, tuple[Finding, ...]]:

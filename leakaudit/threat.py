@@ -6,7 +6,7 @@ This is the only place that decides it.  `Knowledge` lists every assumption as a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -158,6 +158,11 @@ class View:
             fit = float(simulated.dot(observed) / simulated.dot(simulated))
             return 1.0 if not fit > 0 else float((simulated * fit - observed).norm() / length)
         return float((simulated - observed).norm() / length)
+
+    def only(self, names: Collection[str]) -> View:
+        """The view of these tensors of the update, in order; the others are left out of matching."""
+        slack = None if self.slack is None else self.slack.select(names)
+        return replace(self, observed=self.observed.select(names), slack=slack)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> View:
         """The same view on another device or in another precision."""

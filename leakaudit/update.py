@@ -8,6 +8,7 @@ read (`leakaudit.formats`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
@@ -77,6 +78,10 @@ class Update(Mapping[str, Tensor]):
     def norm(self) -> Tensor:
         """Euclidean norm over all numbers, a scalar tensor."""
         return torch.stack([tensor.square().sum() for tensor in self.values()]).sum().sqrt()
+
+    def rms(self) -> float:
+        """The root of the mean square of all numbers, in float64."""
+        return float(self.detach().to(torch.float64).norm()) / math.sqrt(self.numel())
 
     def flat(self) -> Tensor:
         """All numbers as one vector, in order."""

@@ -16,7 +16,6 @@ linear prediction at that distance.
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass
 
 import torch
@@ -228,12 +227,9 @@ def _too_dear(system: System, point: Tensor, budget: Budget) -> str:
 
 def _seconds(system: System, point: Tensor) -> float:
     """Estimate from the time of one chunk of columns and the operation count of what follows."""
-    started = time.monotonic()
-    columns = system.probe(point)
-    differentiation = (time.monotonic() - started) * system.unknowns / columns
     short, long = sorted((system.unknowns, len(system.target)))
     operations = 2 * short * short * long + 4 * short**3
-    return differentiation + operations / FLOPS.get(system.target.device.type, FLOPS_ELSEWHERE)
+    return system.seconds(point) + operations / FLOPS.get(system.target.device.type, FLOPS_ELSEWHERE)
 
 
 def _bound(found: Verification, system: System, point: Tensor, floor: Floor) -> Verification:

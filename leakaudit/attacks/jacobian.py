@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -151,6 +152,15 @@ class Plan:
     counts: dict[str, int]
     equations: int
     shared: dict[str, Tensor]
+
+    def gigabytes(self, unknowns: int) -> float:
+        """Memory of the Jacobian and its Gram matrix in float64."""
+        return 8 * _numbers(unknowns, self.equations) / 1e9
+
+
+def _numbers(unknowns: int, equations: int) -> int:
+    """In a Jacobian, its Gram matrix, and what factoring that takes."""
+    return unknowns * equations + 3 * min(unknowns, equations) ** 2
 
 
 def plan(view: View, limit: int) -> Plan:
@@ -362,8 +372,7 @@ class System:
     @property
     def bytes(self) -> int:
         """Memory of the Jacobian and its Gram matrix."""
-        small = min(self.unknowns, len(self.target))
-        return (self.unknowns * len(self.target) + 3 * small**2) * self.target.element_size()
+        return _numbers(self.unknowns, len(self.target)) * self.target.element_size()
 
     @property
     def unit(self) -> float:
@@ -434,6 +443,12 @@ class System:
         """Compute the first few columns and drop them; how many.  For timing."""
         part, start = (self, point) if self.mean_of is None else (self._only(0), point[:1])
         return part._columns(start, chunks=1).shape[1]
+
+    def seconds(self, point: Tensor) -> float:
+        """About how long `jacobian` takes, from the first few columns."""
+        began = time.monotonic()
+        columns = self.probe(point)
+        return (time.monotonic() - began) * self.unknowns / columns
 
     def _columns(self, point: Tensor, chunks: int | None = None) -> Tensor:
         with sdpa_kernel(SDPBackend.MATH):  # the only attention kernel with forward-mode derivatives

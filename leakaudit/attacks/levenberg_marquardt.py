@@ -84,8 +84,8 @@ class LevenbergMarquardt:
     def applies(self, view: View) -> str | None:
         """None, or why not: the Jacobian would be too large."""
         unknowns = view.unknowns
-        rows = plan(view, self._limit(view)).equations
-        size = 8 * (unknowns * rows + 3 * min(unknowns, rows) ** 2) / 1e9
+        planned = plan(view, self._limit(view))
+        rows, size = planned.equations, planned.gigabytes(unknowns)
         if size > self.memory_gb:
             return (
                 f"a Jacobian of {rows:,} equations in {unknowns:,} unknowns takes {size:.1f} GB in float64, "

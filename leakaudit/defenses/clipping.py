@@ -35,8 +35,7 @@ class Clip(Defense):
         return after(client, self._clip)
 
     def _clip(self, update: Update) -> Update:
-        factor = (self.max_grad_norm / update.norm()).clamp(max=1.0)
-        return update.map(lambda tensor: tensor * factor)
+        return shortened(update, self.max_grad_norm)
 
     def adapt(self, view: View) -> View:
         """At the bound only the direction says anything, and that clipping keeps.
@@ -53,3 +52,9 @@ class Clip(Defense):
         if view.spread:  # what was added before was scaled with the update, by a factor that nobody shared
             knowledge = replace(knowledge, noise_std=UNKNOWN)
         return replace(view, knowledge=knowledge, spread={})
+
+
+def shortened(update: Update, bound: float) -> Update:
+    """The update, scaled down to length `bound` when it is longer."""
+    factor = (bound / update.norm()).clamp(max=1.0)
+    return update.map(lambda tensor: tensor * factor)

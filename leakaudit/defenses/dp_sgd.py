@@ -12,6 +12,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any, Literal
 
 import torch
@@ -23,7 +24,14 @@ from leakaudit.errors import InputError
 from leakaudit.formats.phrases import first_line
 from leakaudit.models.language import LanguageVictim
 from leakaudit.models.victim import Params, Victim, cross_entropy_sum
-from leakaudit.rounds import ClientUpdate, Round, client_update, mean_update, parameter_gradient
+from leakaudit.rounds import (
+    ClientUpdate,
+    Round,
+    client_update,
+    local_sum,
+    mean_update,
+    parameter_gradient,
+)
 from leakaudit.threat import View, known
 from leakaudit.update import Update
 
@@ -338,20 +346,13 @@ def clipping_client(max_grad_norm: float) -> ClientUpdate:
         if round.clients > 1:
             return mean_update(train, victim, params, round, x, y)
         divisor = round.batch_size if _reduction(victim) == "mean" else 1
-        current: Params = dict(params)
-        total: Update | None = None
-        for step in range(round.local_steps):
-            summed: Update | None = None
-            for row in round.batch(step):
-                example = Update(parameter_gradient(victim, current, x[row : row + 1], y[row : row + 1]))
-                clipped = clip(example, max_grad_norm)
-                summed = clipped if summed is None else summed + clipped
-            assert summed is not None  # no batch is empty
-            gradient = summed / divisor
-            current = {name: current[name] - round.learning_rate * g for name, g in gradient.items()}
-            total = gradient if total is None else total + gradient
-        assert total is not None  # a round has at least one step
-        return total
+
+        def clipped_mean(victim: Victim, params: Params, x: Tensor, y: Tensor) -> Update:
+            rows = zip(torch.split(x, 1), torch.split(y, 1), strict=True)
+            examples = (Update(parameter_gradient(victim, params, *row)) for row in rows)
+            return reduce(Update.__add__, (clip(example, max_grad_norm) for example in examples)) / divisor
+
+        return local_sum(victim, params, round, x, y, clipped_mean)
 
     return train
 

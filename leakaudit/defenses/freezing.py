@@ -60,9 +60,7 @@ class Freeze(Defense):
     def adapt(self, view: View) -> View:
         """The same layers stay as they are in the adversary's simulation."""
         victim = self.victim(view.victim)
-        rest = [name for name in view.observed if name in victim.params]
-        slack = None if view.slack is None else view.slack.select(rest)
-        return replace(view, victim=victim, observed=view.observed.select(rest), slack=slack)
+        return replace(view.only([name for name in view.observed if name in victim.params]), victim=victim)
 
     def _matching(self, victim: Victim) -> set[str]:
         patterns = [part.strip() for part in self.layers.split("|")]

@@ -42,7 +42,7 @@ class Noise(Defense):
 
     def std_on(self, update: Update) -> float:
         """Standard deviation per number of the noise that `update`, still without it, would get."""
-        return self.std if self.relative is None else self.relative * _rms(update)
+        return self.std if self.relative is None else self.relative * update.rms()
 
     def wrap(self, client: ClientUpdate, generator: torch.Generator) -> ClientUpdate:
         def noisy(update: Update) -> Update:
@@ -61,7 +61,7 @@ class Noise(Defense):
             return with_noise(view, self.std, "the defense is known")
         share = self.relative / math.sqrt(1 + self.relative**2)
         return with_noise(
-            view, share * _rms(view.observed), "its share is known, the rms observed", exact=False
+            view, share * view.observed.rms(), "its share is known, the rms observed", exact=False
         )
 
 
@@ -111,7 +111,3 @@ def with_noise(view: View, std: float, source: str, *, exact: bool = True) -> Vi
     )
     fact: Fact = known(total, source) if exact else inferred(total, source)
     return replace(view, spread=spread, slack=None, knowledge=replace(view.knowledge, noise_std=fact))
-
-
-def _rms(update: Update) -> float:
-    return float(update.detach().to(torch.float64).norm()) / math.sqrt(update.numel())

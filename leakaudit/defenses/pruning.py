@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from leakaudit.defenses.base import Defense, after
+from leakaudit.defenses.clipping import shortened
 from leakaudit.errors import InputError
 from leakaudit.models.victim import Params, Victim
 from leakaudit.rounds import ClientUpdate, Round
@@ -161,8 +162,7 @@ class DeepGradientCompression(Defense):
     def gather(self, memory: Memory | None, gradient: Update) -> Memory:
         """The memory with one more gradient: u = m u + clip(g), v = v + u."""
         if self.clip is not None:
-            factor = (self.clip / math.sqrt(self.nodes) / gradient.norm()).clamp(max=1.0)
-            gradient = gradient.map(lambda tensor: tensor * factor)
+            gradient = shortened(gradient, self.clip / math.sqrt(self.nodes))
         if memory is None:
             return Memory(gradient, gradient)
         velocity = memory.velocity * self.momentum + gradient
@@ -253,12 +253,9 @@ def _adapted(
     kept = [name for name in view.observed if numbers[name]]
     if not visible or not kept or keep == 1:
         return view
-    return replace(
-        view,
-        observed=view.observed.select(kept),
-        client=simulated(view.client, mask.select(kept)),
-        slack=None if view.slack is None else masked(view.slack.select(kept), mask.select(kept)),
-    )
+    view, mask = view.only(kept), mask.select(kept)
+    slack = None if view.slack is None else masked(view.slack, mask)
+    return replace(view, client=simulated(view.client, mask), slack=slack)
 
 
 def _require_share(keep: float) -> None:

@@ -72,8 +72,7 @@ class Soteria(Defense):
         rest = [key for key in view.observed if key != weight]
         if not rest or int(silent.sum()) >= self._count(linear.in_features):
             return view
-        slack = None if view.slack is None else view.slack.select(rest)
-        return replace(view, observed=view.observed.select(rest), slack=slack)
+        return view.only(rest)
 
     def _count(self, features: int) -> int:
         return max(1, round(self.prune * features))

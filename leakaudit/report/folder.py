@@ -9,13 +9,10 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from pydantic import ValidationError
-from pydantic_core import from_json
-
 from leakaudit.atomic import write_atomically
 from leakaudit.errors import InputError
 from leakaudit.report.redact import redact
-from leakaudit.results import SCHEMA_VERSION, AuditResult
+from leakaudit.results import SCHEMA_VERSION, AuditResult, parse_versioned
 
 RESULT_NAME = "result.json"
 REPORT_NAME = "report.html"
@@ -82,28 +79,14 @@ def read_run(folder: Path) -> AuditResult:
         raise InputError(
             f"{folder} is not a run folder: cannot read {RESULT_NAME}: {error.strerror}"
         ) from error
-    result = _parse(text, path)
+    result = parse_versioned(
+        text, AuditResult, SCHEMA_VERSION, path, called=str(path), noun="an audit result"
+    )
     if result.best is not None and not 0 <= result.best < len(result.trials):
         raise InputError(f"{path}: best is {result.best}, but there are {len(result.trials)} trials")
     for name in picture_names(result):
         locate_picture(folder, name)
     return result.in_folder(folder)
-
-
-def _parse(text: bytes, path: Path) -> AuditResult:
-    try:
-        content = from_json(text)
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}") from error
-    version = content.get("schema_version") if isinstance(content, dict) else None
-    if version != SCHEMA_VERSION:
-        raise InputError(f"{path} has schema_version {version!r}; this leakaudit reads {SCHEMA_VERSION}")
-    try:
-        return AuditResult.from_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{path} is not an audit result: {where}: {first['msg']}") from error
 
 
 def picture_names(result: AuditResult) -> Iterator[str]:

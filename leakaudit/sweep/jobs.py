@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 import traceback
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from leakaudit.atomic import write_atomically
 from leakaudit.auditing import Settings, Subject, audit
 from leakaudit.capture import Captured, capture
-from leakaudit.defenses.naming import Parts, adapted, parse_defense
+from leakaudit.defenses.naming import Parts, parse_defense
 from leakaudit.execution import OUT_OF_TIME, Plan
 from leakaudit.formats.loading import SharedUpdate
 from leakaudit.inspection import Inspection
@@ -26,13 +26,12 @@ from leakaudit.policy import Policy, parse_policy
 from leakaudit.randomness import fork
 from leakaudit.report.folder import write_run
 from leakaudit.results import AuditResult, ExampleScores, Trial
-from leakaudit.subject import learn
+from leakaudit.subject import inspected
 from leakaudit.sweep.protocols import round_of
 from leakaudit.sweep.setup import Setup, load_examples, load_model, load_pool
 from leakaudit.sweep.work import one_line
 from leakaudit.sweep_results import RUNS, Adversary, Example, Frame, Run
 from leakaudit.threat import View, see
-from leakaudit.update import Update
 
 RUN_NAME = "run.json"
 ERROR_NAME = "error.txt"
@@ -124,7 +123,7 @@ class RunJob:
         subject = Subject(view, inspection, batch, load_pool(self.setup), checkpoint=self._checkpoint())
         result = write_run(audit(subject, settings, folder), folder)
         run = summarise(result, policy, self.metrics, f"{RUNS}/{self.key}")
-        rms = {"noise_std": noise_std(view, captured), "update_rms": _rms(undefended)}
+        rms = {"noise_std": noise_std(view, captured), "update_rms": undefended.rms()}
         return self.pending().model_copy(update={**run, **rms})
 
     def _checkpoint(self) -> str | None:
@@ -172,7 +171,7 @@ def look(
     defenses, and noise that the inspection finds is not used.  The adaptive one knows them, with their
     options.  Both are told the round, and infer the labels unless these are given.
     """
-    medium, manifest = medium_of(victim), captured.manifest
+    manifest = captured.manifest
     unaware = adversary == "oblivious" and bool(defenses)
     if unaware:
         manifest = manifest.model_copy(update={"defenses": None, "noise_std": None})
@@ -188,15 +187,8 @@ def look(
         sha256="",
         raw=update,
     )
-    view, known = see(victim, shared, labels), () if unaware else defenses
-    inspection = medium.inspect(
-        replace(view, knowledge=adapted(view, known).knowledge),  # that there is noise, or no scale
-        dtypes=shared.dtypes,
-        generator=fork(seed, "inspection"),
-    )
-    if unaware:
-        inspection = replace(inspection, noise_std=None)
-    return adapted(learn(view, inspection), known), inspection
+    view = see(victim, shared, labels)
+    return inspected(view, shared, () if unaware else defenses, seed, unaware=unaware)
 
 
 def noise_std(view: View, captured: Captured) -> float:
@@ -209,10 +201,6 @@ def noise_std(view: View, captured: Captured) -> float:
     sizes = {name: captured.update[name].numel() for name in captured.update}
     total = sum(sizes[name] * std**2 for name, std in view.spread.items() if name in sizes)
     return float((total / sum(sizes.values())) ** 0.5)
-
-
-def _rms(update: Update) -> float:
-    return float(update.norm()) / update.numel() ** 0.5
 
 
 # ------------------------------------------------------------------ from an audit to a run
