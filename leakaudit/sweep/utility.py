@@ -16,13 +16,13 @@ from torch import Tensor
 from leakaudit.data import PrivateBatch
 from leakaudit.defenses import Defense
 from leakaudit.errors import InputError
+from leakaudit.federated.training import Examples, TrackedClient, accuracy, shuffled, split, train
 from leakaudit.formats.phrases import counted
 from leakaudit.media import medium_of
 from leakaudit.models.victim import Params, Victim
 from leakaudit.randomness import fork, seeded
 from leakaudit.rounds import ClientUpdate, Round, client_update
 from leakaudit.sweep.curves import summary
-from leakaudit.sweep.federated_training import Examples, TrackedClient, accuracy, shuffled, split, train
 from leakaudit.sweep_results import Curve, Utility
 
 if TYPE_CHECKING:

@@ -22,12 +22,12 @@ from leakaudit.bundled import sentences
 from leakaudit.data import PrivateBatch
 from leakaudit.defenses import Clip, Defense, GaussianNoise, Quantise, TopK
 from leakaudit.errors import InputError
+from leakaudit.federated.training import Examples, TrackedClient, accuracy, shuffled, split, train
 from leakaudit.models.spaces import NO_TOKEN
 from leakaudit.models.victim import Params, Victim
 from leakaudit.models.zoo import load_victim
 from leakaudit.randomness import fork
 from leakaudit.rounds import ClientUpdate, Round, client_update, mean_update
-from leakaudit.sweep.federated_training import Examples, TrackedClient, accuracy, shuffled, split, train
 from leakaudit.sweep.utility import Training, measure_utility, training_round
 from leakaudit.sweep_results import Utility
 from leakaudit.text_data import private_text
