@@ -143,6 +143,7 @@ class Utility(Value):
         low, high: 95 % interval of the mean (Student's t over seeds), None for one seed.
         epsilon, delta: what training so long costs in differential privacy, where the defense gives it.
         supplied: read from the user's file instead of trained here.
+        failed: not measured because of an error, which is the reason.
     """
 
     protocol: str
@@ -155,6 +156,7 @@ class Utility(Value):
     epsilon: float | None = None
     delta: float | None = None
     supplied: bool = False
+    failed: bool = False
     reason: str = ""
     seconds: float = 0.0
 

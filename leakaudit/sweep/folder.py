@@ -1,5 +1,6 @@
 """The sweep's folder: whose it is, what lies in it, and when it may be written to.
 
+.lock             held while a sweep writes here
 plan.json         which sweep it holds, written first
 runs/KEY/         one run: result.json, report.html, pictures, and run.json when it is finished
 targets/KEY.json  utility and bounds of a target
@@ -12,7 +13,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from leakaudit.atomic import writable_folder, write_atomically
 from leakaudit.errors import InputError
@@ -26,6 +31,31 @@ PLAN_NAME = "plan.json"
 SCHEMA_VERSION = 1
 
 _KEY = re.compile(r"[0-9a-f]{32}")
+
+
+LOCK_NAME = ".lock"
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keeps other sweeps out of the folder; `InputError` where one is at work in it, of whatever machine shares it.
+
+    The system gives the lock back when its process ends, however it ends.
+    """
+    writable_folder(folder)
+    lock = FileLock(folder / LOCK_NAME)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise InputError(
+            f"another sweep is at work in {folder}; accepted: wait for it, or another folder"
+        ) from error
+    try:
+        yield
+    finally:
+        if not (folder / PLAN_NAME).exists():  # refused: nothing of ours stays
+            (folder / LOCK_NAME).unlink(missing_ok=True)
+        lock.release()
 
 
 def open_folder(plan: SweepPlan, *, resume: bool, force: bool) -> Path:

@@ -13,12 +13,13 @@ from leakaudit.results import Value
 from leakaudit.sweep.assemble import assemble
 from leakaudit.sweep.config import SweepConfig
 from leakaudit.sweep.engine import Engine, local_engine
-from leakaudit.sweep.folder import open_folder
+from leakaudit.sweep.folder import alone, open_folder
 from leakaudit.sweep.outputs import check_outputs, write_outputs
 from leakaudit.sweep.plan import plan_sweep
 from leakaudit.sweep.ray_engine import RayEngine, check_ray
+from leakaudit.sweep.target_jobs import Bounds
 from leakaudit.sweep.work import Job
-from leakaudit.sweep_results import Run, SweepResult
+from leakaudit.sweep_results import Run, SweepResult, Utility
 
 
 def run_sweep(
@@ -46,18 +47,19 @@ def run_sweep(
     plan = plan_sweep(config)
     if baseline is not None:
         check_baseline(baseline, plan.policy, config.quantile)
-    folder = open_folder(plan, resume=resume, force=force)
     deadline = None if config.total_budget is None else began + config.total_budget
-    results, interrupted = do_jobs(plan.jobs, engine, folder, deadline, on_progress)
-    result = assemble(
-        plan,
-        results,
-        baseline,
-        command=command,
-        seconds=time.monotonic() - began,
-        interrupted=interrupted,
-    )
-    write_outputs(result, config, folder)
+    with alone(config.out):
+        folder = open_folder(plan, resume=resume, force=force)
+        results, interrupted = do_jobs(plan.jobs, engine, folder, deadline, on_progress)
+        result = assemble(
+            plan,
+            results,
+            baseline,
+            command=command,
+            seconds=time.monotonic() - began,
+            interrupted=interrupted,
+        )
+        write_outputs(result, config, folder)
     return result
 
 
@@ -89,7 +91,9 @@ def do_jobs(
 
 
 def _failed(value: Value) -> bool:
-    return isinstance(value, Run) and value.status == "failed"
+    if isinstance(value, Run):
+        return value.status == "failed"
+    return isinstance(value, (Utility, Bounds)) and value.failed
 
 
 def engine_of(config: SweepConfig) -> Engine:

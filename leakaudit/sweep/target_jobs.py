@@ -53,7 +53,7 @@ class UtilityJob:
         return _keep(root, self.key, self._measured, self.failed)
 
     def failed(self, error: str) -> Utility:
-        return Utility(protocol=self.protocol, defense=self.defense, accuracy=None, reason=error)
+        return Utility(protocol=self.protocol, defense=self.defense, accuracy=None, failed=True, reason=error)
 
     def _measured(self) -> Utility:
         return measure_utility(
@@ -75,9 +75,10 @@ class UtilityJob:
 
 
 class Bounds(Value):
-    """All bounds of one target."""
+    """All bounds of one target; `failed` where an error left none."""
 
     bounds: list[Bound]
+    failed: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class BoundJob:
             text=f"No bound could be computed: {error}",
             source="",
         )
-        return Bounds(bounds=[failure])
+        return Bounds(bounds=[failure], failed=True)
 
     def _computed(self) -> Bounds:
         victim, defenses = load_model(self.setup), parse_defense(self.defense)

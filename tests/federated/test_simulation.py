@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def test_clients_share_all_the_data_among_them() -> None:
         assert min(client.examples for client in clients) >= 1
     from_the_fastest = sorted(clients, key=lambda client: client.device.step_seconds)
     sizes = [client.examples for client in from_the_fastest]
-    assert all(more >= less - 1 for less, more in zip(sizes, sizes[1:], strict=False)), "rounded shares"
+    assert all(more >= less - 1 for less, more in pairwise(sizes)), "rounded shares"
     assert sizes[-1] > 3 * sizes[0]
     with pytest.raises(ValueError, match="3 examples cannot be shared by 4 clients"):
         draw_population(PopulationOptions(clients=4), torch.arange(3), seed=0)

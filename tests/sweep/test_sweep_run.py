@@ -29,12 +29,13 @@ from leakaudit.rounds import Round
 from leakaudit.sweep import jobs
 from leakaudit.sweep.config import build_config
 from leakaudit.sweep.engine import Finished, InProcess
+from leakaudit.sweep.folder import alone
 from leakaudit.sweep.jobs import RunJob, look, shared_update
 from leakaudit.sweep.plan import plan_sweep
 from leakaudit.sweep.run import do_jobs
 from leakaudit.sweep.setup import load_examples, load_model
 from leakaudit.sweep.work import Job
-from leakaudit.sweep_results import Cell, Run, SweepResult
+from leakaudit.sweep_results import Cell, Run, SweepResult, Utility
 
 
 def swept(folder: Path, **changes: Any) -> SweepResult:
@@ -345,6 +346,28 @@ def test_the_folder_of_another_sweep_is_left_alone(tmp_path: Path) -> None:
     kept = {path.name for path in (tmp_path / "out" / "runs").iterdir()}
     assert kept == {"mine"} | {run.key for cell in anew.cells for run in cell.runs}
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+
+
+def test_two_sweeps_never_share_a_folder(tmp_path: Path) -> None:
+    with alone(tmp_path / "out"):
+        for force in (False, True):
+            with pytest.raises(InputError, match="another sweep is at work in"):
+                leakaudit.defend(config(tmp_path, images=1, defenses=[]), force=force)
+    assert swept(tmp_path, images=1, defenses=[]).cells
+
+
+def test_a_target_that_fails_counts_as_failed(tmp_path: Path) -> None:
+    lost = Utility(protocol="fedsgd", defense="none", accuracy=None, failed=True, reason="out of memory")
+    counts = []
+
+    class Lost:
+        key = "lost"
+
+        def stored(self, root: Path) -> Utility:
+            return lost
+
+    do_jobs([Lost()], InProcess(), tmp_path, None, lambda *numbers: counts.append(numbers))  # type: ignore[list-item]
+    assert counts == [(1, 1, 1)]
 
 
 def test_the_folder_of_an_audit_is_left_alone(tmp_path: Path) -> None:
