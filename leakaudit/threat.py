@@ -116,6 +116,8 @@ class View:
             undisturbed one lies, where the update was quantised; None where it was not.
         decode: from what the client trained on, as an attack finds it, to the private examples:
             (x, y) -> (x, y).  Another thing than identity where inputs were mixed or disturbed.
+        soft: (K,) bool, the classes that may be in it, where the client trained on mixtures of labels; an attack
+            finds their shares jointly with the inputs.  None where every example has one label.
     """
 
     victim: Victim
@@ -127,6 +129,7 @@ class View:
     spread: Mapping[str, float] = field(default_factory=dict)
     slack: Update | None = None
     decode: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = as_it_is
+    soft: Tensor | None = None
 
     def simulate(self, x: Tensor, y: Tensor) -> Update:
         """The update a client holding (x, y) would share, differentiable in x and y."""

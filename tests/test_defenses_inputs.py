@@ -28,6 +28,8 @@ from tiny_audits import (
 )
 from torch import Tensor, nn
 
+from leakaudit.attacks.base import Monitor
+from leakaudit.attacks.gradient_matching import TotalVariationPath
 from leakaudit.capture import capture, write_captured
 from leakaudit.data import PrivateBatch, control_photos, load_truth, photo_folder
 from leakaudit.defenses import (
@@ -422,9 +424,29 @@ def test_the_adversary_of_mixup_forgets_labels_and_decodes() -> None:
     told = View(view.victim, view.round, view.observed, Knowledge(labels=known(labels, "told")))
     adapted = MixUp().adapt(told)
     assert adapted.knowledge.labels.value is None
+    assert adapted.soft is not None
+    assert adapted.soft.nonzero().flatten().tolist() == sorted(set(labels.tolist()))
     found, classes = adapted.decode(x, y)
     assert torch.equal(classes, labels)
     torch.testing.assert_close(found, images, atol=1e-3, rtol=0)
+
+
+def test_coefficients_are_found_jointly_with_the_images() -> None:
+    """The prior stands on mixtures; without it the same attack knows nothing of the soft labels."""
+    view, _, y = shared([defense := MixUp(largest=0.8)], Round(2))
+    images, labels = private_batch(2)
+    told = View(view.victim, view.round, view.observed, Knowledge(labels=known(labels, "told")))
+    attack = TotalVariationPath(first=1e-3, last=1e-9, stages=4, iterations=30)
+    errors = []
+    for seen in (told, defense.adapt(told)):
+        found = attack.run(seen, fork(0, "attack"), Monitor())
+        decoded, classes = seen.decode(found.x, found.y)
+        order = labels.argsort()
+        errors.append(float((decoded - images[order]).square().mean()))
+    assert torch.equal(classes, labels[order])
+    mine, theirs = (shares[shares[:, labels[0]].argsort()] for shares in (found.y, y))
+    torch.testing.assert_close(mine, theirs, atol=5e-3, rtol=0)
+    assert errors[1] < 1e-3 < 1e-2 < errors[0]
 
 
 # ------------------------------------------------------------------ input noise

@@ -269,7 +269,7 @@ def test_a_continuation_starts_each_objective_where_the_last_one_ended() -> None
     monitor = Monitor()
     objectives = [bowl_at(centre, starts) for centre in (1.0, 2.0, 3.0)]
     x = torch.zeros(1, 1, 2, 2)
-    end = continuation(x, LABELS, objectives, monitor, iterations=5, patience=3)
+    end, _ = continuation(x, LABELS, objectives, monitor, iterations=5, patience=3)
     assert starts == pytest.approx([0, 1, 1, 2, 2, 3])
     torch.testing.assert_close(end, torch.full_like(x, 3.0))
     torch.testing.assert_close(monitor.result().x, end)

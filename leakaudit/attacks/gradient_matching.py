@@ -26,8 +26,12 @@ from leakaudit.threat import View
 def assumed_labels(view: View, generator: torch.Generator) -> Tensor:
     """The labels the adversary goes by, (N,) int64: known, or inferred from the last layer's gradients.
 
-    Where a known defense leaves several in question for one example, each is tried (`most_fitting`).
+    Of mixtures, (N, K) probabilities to begin with: even among the classes that may be in them.
+    Where a known defense leaves several labels in question for one example, each is tried (`most_fitting`).
     """
+    if view.soft is not None:
+        even = (view.soft / view.soft.sum()).to(view.victim.device, view.victim.dtype)
+        return even.expand(view.round.num_examples, -1)
     if view.knowledge.labels.value is not None:
         return torch.as_tensor(view.knowledge.labels.value, device=view.victim.device)
     disturbed = bool(errors_of(view)) or view.client is not client_update
@@ -96,7 +100,7 @@ class DeepLeakage:
             logits = torch.randn(shape, generator=generator, dtype=dtype, device=generator.device)
             candidate = Candidate(x, logits=logits)
         else:
-            candidate = Candidate(x, labels=assumed_labels(view, generator))
+            candidate = Candidate.starting(x, assumed_labels(view, generator))
         lbfgs(
             candidate,
             Matching(view, "squared"),
@@ -159,7 +163,7 @@ class InvertingGradients:
         self, view: View, start: Tensor, labels: Tensor, tv: float, iterations: int, monitor: Monitor
     ) -> None:
         adam(
-            Candidate(start, labels=labels),
+            Candidate.starting(start, labels),
             Matching(view, "cosine", tv=tv, statistics=self.statistics),
             monitor,
             iterations=iterations,
@@ -208,19 +212,19 @@ class TotalVariationPath:
         return None
 
     def run(self, view: View, generator: torch.Generator, monitor: Monitor) -> Reconstruction:
-        labels = assumed_labels(view, generator)
+        y = assumed_labels(view, generator)
         x = view.victim.space.sample(view.round.num_examples, generator, view.victim.dtype)
         distance = Matching(view, "relative")
         beyond = STAGES_BEYOND if distance.comparison.factors else 0
         monitor.expect((self.stages + beyond) * (self.iterations + 1))
         weights = geometric(self.first, min(self.first, self._last(distance)), self.stages)
-        x = self._stages(distance, x, labels, weights, monitor)
+        x, y = self._stages(distance, x, y, weights, monitor)
         used = weights[-1]
         for _ in range(beyond):
-            if monitor.stopped == "budget" or _explained(distance, x, labels):
+            if monitor.stopped == "budget" or _explained(distance, x, y):
                 break
             used /= WEAKER
-            x = self._stages(distance, x, labels, [used], monitor)
+            x, y = self._stages(distance, x, y, [used], monitor)
         return monitor.result(details={"prior": used})
 
     def _last(self, distance: Matching) -> float:
@@ -232,11 +236,11 @@ class TotalVariationPath:
         return PHOTOGRAPHIC * _pixels(view) / likelihood
 
     def _stages(
-        self, distance: Matching, x: Tensor, labels: Tensor, weights: list[float], monitor: Monitor
-    ) -> Tensor:
+        self, distance: Matching, x: Tensor, y: Tensor, weights: list[float], monitor: Monitor
+    ) -> tuple[Tensor, Tensor]:
         objectives = [_with_prior(distance, weight) for weight in weights]
         patience = self.iterations // 2
-        return continuation(x, labels, objectives, monitor, iterations=self.iterations, patience=patience)
+        return continuation(x, y, objectives, monitor, iterations=self.iterations, patience=patience)
 
 
 PHOTOGRAPHIC = 3.0

@@ -28,6 +28,9 @@ from leakaudit.attacks.matching import (
 )
 from leakaudit.threat import View, as_it_is
 
+LEAST = 1e-9
+"""Probability at which a class counts as excluded: its logit hardly feels a descent."""
+
 DistanceName = Literal["squared", "cosine", "relative"]
 DISTANCES: dict[DistanceName, Distance] = {"squared": squared, "cosine": cosine, "relative": relative}
 
@@ -41,6 +44,13 @@ class Candidate:
         self.x = x.clone().requires_grad_()
         self.labels = labels
         self.logits = None if logits is None else logits.clone().requires_grad_()
+
+    @classmethod
+    def starting(cls, x: Tensor, y: Tensor) -> Candidate:
+        """Fixed labels for integers y (N,); free ones, beginning there, for probabilities y (N, K)."""
+        if y.is_floating_point():
+            return cls(x, logits=y.clamp_min(LEAST).log())
+        return cls(x, labels=y)
 
     @property
     def y(self) -> Tensor:
@@ -154,27 +164,29 @@ def lbfgs(
 
 def continuation(
     x: Tensor,
-    labels: Tensor,
+    y: Tensor,
     objectives: Iterable[Objective],
     monitor: Monitor,
     *,
     iterations: int,
     patience: int,
     history: int = 100,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """`lbfgs` on one objective after another, each from where the one before it ended; the last one's end.
+
+    Labels y are fixed, or free where they are probabilities (`Candidate.starting`).
 
     Ends early when the monitor's time is up.
     """
     for objective in objectives:
         monitor.forget_best()  # the loss of another objective is another loss
-        candidate = Candidate(x, labels=labels)
+        candidate = Candidate.starting(x, y)
         lbfgs(candidate, objective, monitor, iterations=iterations, patience=patience, history=history)
-        if monitor.best_x is not None:
-            x = monitor.best_x
+        if monitor.best_x is not None and monitor.best_y is not None:
+            x, y = monitor.best_x, monitor.best_y
         if monitor.stopped == "budget":
             break
-    return x
+    return x, y
 
 
 def geometric(first: float, last: float, count: int) -> list[float]:

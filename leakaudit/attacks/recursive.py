@@ -151,7 +151,9 @@ class Recursive:
         found: list[Tensor] = []
         for stages in passes:
             objectives = [_with_prior(layers.misfit(solved, stage), stage.weight, space) for stage in stages]
-            end = continuation(start, labels, objectives, monitor, iterations=count, patience=5, history=30)
+            end, _ = continuation(
+                start, labels, objectives, monitor, iterations=count, patience=5, history=30
+            )
             found.append(end)
             if monitor.stopped == "budget":
                 break

@@ -59,9 +59,10 @@ class MixUp(Defense):
         return defended
 
     def adapt(self, view: View) -> View:
-        """Looks for the mixtures, with labels to be found, and takes them apart afterwards.
+        """Looks for the mixtures and for the shares of the classes in them, which are the coefficients, jointly, and
+        takes them apart afterwards.
 
-        What was known of the labels does not hold for the mixtures.
+        Labels that were known become the classes that may be in a mixture.
         """
         require_images(view.victim, "mixup")
         space, before, partners = view.victim.space, view.decode, self.k
@@ -71,7 +72,11 @@ class MixUp(Defense):
             x, y = before(x, y)
             return unmix(x, y, space, partners) if len(x) == size else (x, y)
 
-        return replace(view, decode=decode, knowledge=replace(view.knowledge, labels=UNKNOWN))
+        classes = torch.ones(view.victim.num_classes, dtype=torch.bool)
+        if view.knowledge.labels.value is not None:
+            labels = torch.as_tensor(view.knowledge.labels.value).cpu()
+            classes = torch.isin(torch.arange(len(classes)), labels)
+        return replace(view, decode=decode, soft=classes, knowledge=replace(view.knowledge, labels=UNKNOWN))
 
     def mixture(self, count: int, generator: torch.Generator) -> Tensor:
         """(count, count) coefficients, every row with k of them that sum to 1; `InputError` below k examples."""
