@@ -22,6 +22,8 @@ from leakaudit.federated.theory import theory_of
 from leakaudit.federated.views import ViewRecord, read_index
 from leakaudit.leakage_results import AUDITS, LEAKAGE_NAME, LeakageResult, LeakageRow, Role, read_leakage
 from leakaudit.policy import parse_policy
+from leakaudit.report.folder import REPORT_NAME
+from leakaudit.report.leakage_page import write_leakage_page
 from leakaudit.results import AuditResult, ExampleScores, Trial
 from leakaudit.subject import pick_device
 from leakaudit.sweep_results import Example
@@ -75,7 +77,7 @@ def audit_runs(
     Args:
         folders: of simulated runs, as `leakaudit.federated.recording.ViewWriter` writes them.
         per_role: views of each run and role, >= 1, smallest cohorts first: a single client's is the worst case.
-        out: folder for leakage.json and the audits; None for a new temporary one.
+        out: folder for leakage.json, report.html and the audits; None for a new temporary one.
         others: see `AuditOptions`.
 
     A failed attack is never "safe": its verdict says "not-recovered" only where the positive control passed, else
@@ -110,6 +112,7 @@ def audit_runs(
         redacted=redact,
     )
     write_atomically(folder / LEAKAGE_NAME, result.to_json().encode())
+    write_leakage_page(result, folder, folder / REPORT_NAME)
     return result
 
 
