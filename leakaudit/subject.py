@@ -235,8 +235,8 @@ def _seen(manifest: Manifest) -> tuple[Finding, ...]:
         findings.append(Finding(name="view", severity="info", text=text.rstrip(".") + "."))
     if manifest.exact is False:
         text = (
-            "The update holds more than the round that it states, such as a residual of older steps: an attack"
-            " that fails on it shows nothing."
+            "The update is not what the stated round alone gives (a residual of older steps, a mask, or defenses"
+            " of each client in a cohort): an attack that fails on it shows nothing."
         )
         findings.append(Finding(name="round", severity="warning", text=text))
     return tuple(findings)

@@ -20,6 +20,7 @@ from leakaudit.atomic import write_atomically
 from leakaudit.capture import Captured, manifest_fields, write_captured
 from leakaudit.defenses import Defense
 from leakaudit.defenses.naming import parse_all
+from leakaudit.defenses.secure_aggregation import SecureAggregation
 from leakaudit.errors import InputError
 from leakaudit.federated.seen import Member, Observation
 from leakaudit.federated.task import Task
@@ -69,7 +70,7 @@ class ViewWriter:
             time=observation.time,
             members=[_member(member) for member in observation.members],
             defenses=list(observation.defenses),
-            exact=observation.exact,
+            exact=observation.exact and stated_exactly(observation),
             note=note,
             model=f"{MODELS}/{model_file(self._keep_model(base))}",
             update=self._keep_update(name, observation, base) if finite else None,
@@ -97,6 +98,8 @@ class ViewWriter:
         update = update.select(order)
         victim = self._with(base)
         fields = manifest_fields(victim, round or Round(1), update, {}, _known_defenses(observation.defenses))
+        if not stated_exactly(observation):
+            fields["noise_std"] = None  # of each client, not of their sum
         if round is None:
             unsaid = ("num_examples", "local_batch_size", "local_steps", "clients", "sizes", "weights")
             fields |= dict.fromkeys((*unsaid, "client_steps"))
@@ -108,7 +111,7 @@ class ViewWriter:
             "step": observation.step,
             "staleness": tuple(member.staleness for member in members) if round and members else None,
             "bases": self._bases(observation) if round else None,
-            "exact": observation.exact and round is not None,
+            "exact": observation.exact and stated_exactly(observation),
             "note": observation.note or None,
         }
         path = f"{VIEWS}/{name}.safetensors"
@@ -187,6 +190,21 @@ def seen_round(observation: Observation) -> tuple[Update, Round | None]:
         weight = members[0].weight
         return observation.update if weight in (0, 1) else observation.update / weight, members[0].round
     return observation.update, cohort(members)
+
+
+def stated_exactly(observation: Observation) -> bool:
+    """Whether a manifest can say what was done: one round, and defenses that acted on what is seen.
+
+    What is left of secure aggregation in a chain acts on each client; other defenses of a cohort's clients would be
+    read as acting on their sum.
+    """
+    several = len(observation.members) > 1
+    on_each = several and observation.defenses and not any(map(_sums_up, observation.defenses))
+    return not on_each and (seen_round(observation)[1] is not None or not observation.members)
+
+
+def _sums_up(spec: str) -> bool:
+    return any(isinstance(defense, SecureAggregation) for _, defense in _known_defenses([spec]))
 
 
 def cohort(members: Sequence[Member]) -> Round | None:

@@ -53,7 +53,7 @@ class Manifest(BaseModel):
     system, role, step, staleness: the training system that the update crossed, who saw it, the server's step, and
         how many steps old the model of each client was.
     bases: hashes of the models that the clients started from, in order, where they differ.
-    exact: False where the update holds more than the round says, such as a residual of older steps.
+    exact: False where the update is not what the round and the defenses say, such as with a residual of older steps.
     note: how whoever saw the update came by it.
     created_by: program and version.
     """

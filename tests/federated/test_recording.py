@@ -13,8 +13,8 @@ from torch import Tensor
 from leakaudit.api import attack
 from leakaudit.data import load_truth
 from leakaudit.errors import InputError
-from leakaudit.federated.options import SynchronousSGD
-from leakaudit.federated.recording import ViewWriter, cohort
+from leakaudit.federated.options import SYSTEMS, SynchronousSGD
+from leakaudit.federated.recording import ViewWriter, cohort, stated_exactly
 from leakaudit.federated.seen import Member, Observation, Seen
 from leakaudit.federated.simulation import Limits, Simulation
 from leakaudit.federated.task import Task
@@ -90,6 +90,21 @@ def test_every_view_of_a_run_opens_as_what_the_party_saw(tmp_path: Path) -> None
     assert (manifest.role, manifest.system, manifest.step, manifest.clients) == ("peer", "ssgd", 1, 2)
     assert manifest.staleness == (0, 0)
     assert manifest.bases is None
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_what_a_view_calls_exact_is_explained_by_its_truth(name: str, tmp_path: Path) -> None:
+    """Contract: every recorded view of every system opens, and the private examples give what an exact one holds."""
+    world = task(clients=6, each=40, size_spread=0.3, speed_spread=0.3)
+    writer = ViewWriter(tmp_path, world, MODEL, name)
+    seen = Seen(lambda step: step in (0, 5), writer.write)
+    Simulation(world, Trainer(world), seen, Limits(steps=6, every=100), seed=1).run(SYSTEMS[name])
+    assert writer.records()
+    for record in writer.records():
+        assert record.truth is not None
+        warned = {f.name for f in opened(tmp_path, record).findings if f.severity == "warning"}
+        assert ("round" in warned) == (not record.exact)
+        assert not record.exact or explained(tmp_path, record) < 1e-3, record.name
 
 
 def test_a_cohort_of_unequal_clients_and_weights_comes_back(tmp_path: Path) -> None:
@@ -176,6 +191,14 @@ def test_what_the_round_does_not_say_is_a_warning(tmp_path: Path) -> None:
     found = opened(tmp_path, record)
     assert {"round"} == {f.name for f in found.findings if f.severity == "warning"}
     assert found.view.knowledge.defense.value == ("top-k:keep=0.5",)
+    pair = (member(world, 0, Round(2), weight=0.5), member(world, 1, Round(2), weight=0.5))
+    both = Observation("server", 1, 0.0, update, base, pair, defenses=("gaussian-noise:std=0.1",))
+    summed = replace(both, defenses=("clip", "secure-aggregation:clients=2"))
+    assert not stated_exactly(both), "whose noise?"
+    assert stated_exactly(summed)
+    record = written(tmp_path / "pair", world, both)
+    assert not record.exact
+    assert read_file(tmp_path / "pair" / str(record.update)).manifest.noise_std is None
     different = (member(world, 0, Round(2, 2, 1, 0.1)), member(world, 1, Round(2, 2, 1, 0.2)))
     assert cohort(different) is None
     assert cohort(()) is None
