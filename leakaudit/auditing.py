@@ -183,7 +183,7 @@ def _foreign_truth(subject: Subject, view: View, trials: Sequence[Trial], best: 
         return []
     x, y = subject.medium.tensors(view.victim, subject.truth)
     if len(x) != view.round.num_examples:  # its number was not stated, else the file had been refused
-        view = replace(view, round=replace(view.round, num_examples=len(x), local_batch_size=None, clients=1))
+        view = replace(view, round=view.round.of(len(x)))
     own = view.residual(x, y)
     if own <= OVERFIT * reached + view.rounding:
         return []

@@ -169,8 +169,10 @@ def mechanism(private: DPSGD, round: Round, sample_rate: float, steps: int) -> M
     """
     if private.poisson and round.local_steps == 1:
         return Mechanism(private.noise_multiplier, sample_rate * private.rate(round), steps)
-    batches = -(-round.own_examples // round.batch_size)
-    uses = round.local_steps if private.poisson else -(-round.local_steps // batches)
+    uses = max(
+        own.local_steps if private.poisson else -(-own.local_steps // -(-own.num_examples // own.batch_size))
+        for own in round.each()
+    )
     said = f"an example enters {counted(uses, 'noisy step')} of an update at most"
     if sample_rate < 1:
         said += "; the examples of an update are drawn independently at the sample rate (Poisson sampling)"

@@ -6,10 +6,10 @@ nothing here writes labels, pixels or tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -89,7 +89,9 @@ def capture(
     if include_buffers:
         moved = trained_buffers(victim, round, x, y) if victim.mode == "train" else victim.buffers
         buffers = {name: tensor.detach().cpu().clone() for name, tensor in moved.items()}
-    return Captured(update, buffers, _manifest(victim, round, update, buffers, defenses))
+    return Captured(
+        update, buffers, build_manifest(manifest_fields(victim, round, update, buffers, defenses))
+    )
 
 
 def refuse_idle_examples(round: Round) -> None:
@@ -130,37 +132,39 @@ def steps_of_epochs(epochs: int, num_examples: int, local_batch_size: int | None
     return epochs * -(-num_examples // size)
 
 
-def _manifest(
+def manifest_fields(
     victim: Victim,
     round: Round,
     update: Update,
-    buffers: dict[str, Tensor],
+    buffers: Mapping[str, Tensor],
     defenses: Sequence[tuple[str, Defense]],
-) -> Manifest:
+) -> dict[str, Any]:
+    """What the manifest of such an update says, for `build_manifest`."""
     single = round.local_steps == 1
     loss, reduction = _loss(victim)
-    return build_manifest(
-        {
-            "kind": "gradient" if single else "delta",
-            "sign": None if single else "before-minus-after",
-            "learning_rate": None if single else round.learning_rate,
-            "local_steps": round.local_steps,
-            "num_examples": round.num_examples,
-            "local_batch_size": round.local_batch_size,
-            "clients": round.clients if round.clients > 1 else None,
-            "loss": loss,
-            "reduction": reduction,
-            "mode": victim.mode,
-            **medium_of(victim).manifest_fields(victim),
-            "model": victim.name,
-            "checkpoint_sha256": parameters_sha256({**victim.params, **victim.frozen}),
-            "defenses": tuple(text for text, _ in defenses),
-            "noise_std": _noise(defenses),
-            "parameter_order": tuple(update),
-            "buffers": tuple(buffers),
-            "created_by": CREATED_BY,
-        }
-    )
+    return {
+        "kind": "gradient" if single else "delta",
+        "sign": None if single else "before-minus-after",
+        "learning_rate": None if single else round.learning_rate,
+        "local_steps": round.local_steps,
+        "num_examples": round.num_examples,
+        "local_batch_size": round.local_batch_size,
+        "clients": round.clients if round.clients > 1 else None,
+        "sizes": round.sizes,
+        "weights": round.weights,
+        "client_steps": round.client_steps,
+        "loss": loss,
+        "reduction": reduction,
+        "mode": victim.mode,
+        **medium_of(victim).manifest_fields(victim),
+        "model": victim.name,
+        "checkpoint_sha256": parameters_sha256({**victim.params, **victim.frozen}),
+        "defenses": tuple(text for text, _ in defenses),
+        "noise_std": _noise(defenses),
+        "parameter_order": tuple(update),
+        "buffers": tuple(buffers),
+        "created_by": CREATED_BY,
+    }
 
 
 def _loss(victim: Victim) -> tuple[str | None, str | None]:

@@ -68,6 +68,12 @@ class PrivateBatch:
         rows = slice(start, start + count)
         return replace(self, pixels=self.pixels[rows], labels=self.labels[rows], names=self.names[rows])
 
+    def rows(self, rows: Sequence[int]) -> PrivateBatch:
+        """The examples at these positions, in this order."""
+        index = list(rows)
+        names = tuple(self.names[row] for row in index)
+        return replace(self, pixels=self.pixels[index], labels=self.labels[index], names=names)
+
     def class_name(self, label: int) -> str:
         """The name of a class, or its number where it has none."""
         known = self.class_names is not None and 0 <= label < len(self.class_names)

@@ -283,7 +283,7 @@ def with_examples(view: View, count: int) -> View:
         return view
     size = view.round.local_batch_size
     size = None if size is None else min(size, count)
-    return replace(view, round=replace(view.round, num_examples=count, local_batch_size=size, clients=1))
+    return replace(view, round=view.round.of(count, size))
 
 
 def checkpoint(view: View, found: HeadConsistency | None, notes: Notes, changed: bool) -> None:

@@ -105,7 +105,9 @@ def inspect_update(
     count = view.knowledge.batch_size.value or hint or view.round.num_examples
     proven_count = view.knowledge.batch_size.value is not None or hint is not None
     view = with_examples(view, count)
-    labels = labels_of(view, generator, notes, provable=proven_count and noise_std is None)
+    labels = labels_of(
+        view, generator, notes, provable=proven_count and noise_std is None and not view.round.uneven
+    )
     statistics = _statistics(view, buffers_after or {}, steps, notes)
     _closed_forms(view, notes, changed=changed)
     clipping(view, shared, notes)

@@ -12,7 +12,8 @@ shuffling, so step s sees examples s*B .. (s+1)*B - 1 modulo their number.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 
@@ -34,12 +35,16 @@ class Round:
 
     Attributes:
         num_examples: private examples of all clients together, N.
-        local_steps: SGD steps of every client; 1 with a full batch is FedSGD.
-        local_batch_size: examples a step, B; None for all that a client has.
+        local_steps: SGD steps of every client, or the most of any of them; 1 with a full batch is FedSGD.
+        local_batch_size: examples a step, B; None for all that a client has, which is also what a client with
+            fewer than B takes.
         learning_rate: of the local SGD (no momentum), > 0.  It scales nothing in
             one step, because updates are pseudo-gradients.
-        clients: how many hold the examples, equally many each, one after the other; what is seen is the
-            mean of their updates.
+        clients: how many hold the examples, one after the other; what is seen is the weighted sum of their updates.
+        sizes: examples of each client; None for equally many each.
+        weights: of each client's update in the sum, finite; None for 1 / clients, the mean.  FedAvg's are the
+            clients' shares of the examples (McMahan et al. 2017).
+        client_steps: local steps of each client, of which `local_steps` is the most; None where all do as many.
     """
 
     num_examples: int
@@ -47,26 +52,48 @@ class Round:
     local_batch_size: int | None = None
     learning_rate: float = 1.0
     clients: int = 1
+    sizes: tuple[int, ...] | None = None
+    weights: tuple[float, ...] | None = None
+    client_steps: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.num_examples < 1:
             raise ValueError(f"num_examples must be at least 1, got {self.num_examples}")
-        if self.clients < 1 or self.num_examples % self.clients:
+        if self.clients < 1 or (self.sizes is None and self.num_examples % self.clients):
             raise ValueError(
                 f"clients must be at least 1 and share num_examples evenly, got {self.clients} of {self.num_examples}"
             )
+        self._check_shares()
         if self.local_steps < 1:
             raise ValueError(f"local_steps must be at least 1, got {self.local_steps}")
-        own = self.num_examples // self.clients
+        own = self.own_examples
         if self.local_batch_size is not None and not 1 <= self.local_batch_size <= own:
             raise ValueError(f"local_batch_size must be between 1 and {own}, got {self.local_batch_size}")
         if not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"learning_rate must be positive and finite, got {self.learning_rate}")
 
+    def _check_shares(self) -> None:
+        """One entry a client in whatever differs between them."""
+        for name in ("sizes", "weights", "client_steps"):
+            stated = getattr(self, name)
+            if stated is not None and (self.clients == 1 or len(stated) != self.clients):
+                raise ValueError(f"{name} must be one number for each of several clients, got {stated}")
+        if self.sizes is not None and (min(self.sizes) < 1 or sum(self.sizes) != self.num_examples):
+            raise ValueError(f"sizes must be at least 1 and come to {self.num_examples}, got {self.sizes}")
+        if self.weights is not None and not (
+            all(map(math.isfinite, self.weights)) and any(weight != 0 for weight in self.weights)
+        ):
+            raise ValueError(f"weights must be finite and not all zero, got {self.weights}")
+        steps = self.client_steps
+        if steps is not None and not (min(steps) >= 1 and max(steps) == self.local_steps):
+            raise ValueError(
+                f"client_steps must be at least 1 and local_steps={self.local_steps} at most, got {steps}"
+            )
+
     @property
     def own_examples(self) -> int:
-        """Private examples of each client."""
-        return self.num_examples // self.clients
+        """Private examples of each client, or of the one with most."""
+        return self.num_examples // self.clients if self.sizes is None else max(self.sizes)
 
     @property
     def batch_size(self) -> int:
@@ -75,7 +102,19 @@ class Round:
     @property
     def examples_used(self) -> int:
         """How many of the examples at least one local step sees."""
-        return self.clients * min(self.own_examples, self.local_steps * self.batch_size)
+        return sum(min(own.num_examples, own.local_steps * own.batch_size) for own in self.each())
+
+    @property
+    def passes(self) -> int:
+        """Examples times the steps that use them, at most: as many outer products as a layer's gradient is made of."""
+        return sum(own.local_steps * own.batch_size for own in self.each())
+
+    @property
+    def uneven(self) -> bool:
+        """Whether some client's examples weigh more in the sum than another's."""
+        shares = zip(self.each_weight(), self.each(), strict=True)
+        densities = [weight * own.local_steps / own.num_examples for weight, own in shares]
+        return max(densities) - min(densities) > 1e-6 * max(map(abs, densities))
 
     def batch(self, step: int) -> list[int]:
         """Which of a client's own examples local step `step` uses; the last batch of a pass may be short."""
@@ -83,9 +122,23 @@ class Round:
         start = (step % batches) * self.batch_size
         return list(range(start, min(start + self.batch_size, self.own_examples)))
 
-    def of_one(self) -> Round:
-        """What each client does by itself."""
-        return replace(self, num_examples=self.own_examples, clients=1)
+    def each(self) -> tuple[Round, ...]:
+        """What every client does by itself, in order."""
+        sizes = self.sizes or (self.num_examples // self.clients,) * self.clients
+        steps = self.client_steps or (self.local_steps,) * self.clients
+        size = self.local_batch_size
+        return tuple(
+            Round(n, count, size if size is None or size <= n else None, self.learning_rate)
+            for n, count in zip(sizes, steps, strict=True)
+        )
+
+    def each_weight(self) -> tuple[float, ...]:
+        """The weight of every client's update, in order."""
+        return self.weights or (1 / self.clients,) * self.clients
+
+    def of(self, num_examples: int, local_batch_size: int | None = None) -> Round:
+        """The same of a single client with so many examples."""
+        return Round(num_examples, self.local_steps, local_batch_size, self.learning_rate)
 
 
 def parameter_gradient(victim: Victim, params: Params, x: Tensor, y: Tensor) -> dict[str, Tensor]:
@@ -130,7 +183,7 @@ def local_steps(
 def client_update(victim: Victim, params: Params, round: Round, x: Tensor, y: Tensor) -> Update:
     """The pseudo-gradient of one client: (before - after) / learning_rate over its local SGD steps.
 
-    Of several clients, the mean over them (McMahan et al. 2017, algorithm 1, with equal weights).
+    Of several clients, their weighted sum (McMahan et al. 2017, algorithm 1), by default the mean.
 
     Args:
         params: the model the client downloaded; every entry is trained.
@@ -161,15 +214,41 @@ def local_sum(
 def mean_update(
     client: ClientUpdate, victim: Victim, params: Params, round: Round, x: Tensor, y: Tensor
 ) -> Update:
-    """The mean of what `client` makes of every client's own examples, in order."""
-    own = round.of_one()
-    updates = [
-        client(victim, params, own, part, labels)
-        for part, labels in zip(
-            torch.split(x, own.num_examples), torch.split(y, own.num_examples), strict=True
-        )
-    ]
-    return reduce(Update.__add__, updates) / round.clients
+    """The weighted sum, by default the mean, of what `client` makes of every client's own examples, in order."""
+    return weighted_update(client, victim, [params] * round.clients, round, x, y)
+
+
+def weighted_update(
+    client: ClientUpdate, victim: Victim, bases: Sequence[Params], round: Round, x: Tensor, y: Tensor
+) -> Update:
+    """As `mean_update`, of clients that each start from their own of the `bases`."""
+    rounds = round.each()
+    sizes = [own.num_examples for own in rounds]
+    parts = zip(bases, rounds, torch.split(x, sizes), torch.split(y, sizes), strict=True)
+    updates = [client(victim, params, own, part, labels) for params, own, part, labels in parts]
+    if round.weights is None:
+        return reduce(Update.__add__, updates) / round.clients
+    weighted = (update * weight for update, weight in zip(updates, round.weights, strict=True))
+    return reduce(Update.__add__, weighted)
+
+
+def from_own_bases(client: ClientUpdate, bases: Sequence[Params]) -> ClientUpdate:
+    """A cohort whose clients downloaded different models, as in asynchronous training.
+
+    Args:
+        client: of each by itself.
+        bases: the parameters each of them downloaded, in order.
+
+    A round of another number of clients (one example alone, a control) starts from the model it is given.
+    """
+
+    def cohort(victim: Victim, params: Params, round: Round, x: Tensor, y: Tensor) -> Update:
+        if round.clients != len(bases):
+            return client(victim, params, round, x, y)
+        alike = [{name: base[name].to(tensor) for name, tensor in params.items()} for base in bases]
+        return weighted_update(client, victim, alike, round, x, y)
+
+    return cohort
 
 
 def trained_buffers(victim: Victim, round: Round, x: Tensor, y: Tensor) -> dict[str, Tensor]:

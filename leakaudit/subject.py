@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,14 +18,16 @@ from leakaudit.errors import InputError
 from leakaudit.formats.checkpoint import load_checkpoint, parameters_sha256
 from leakaudit.formats.loading import SharedUpdate, check_checkpoint, load_update
 from leakaudit.formats.manifest import Manifest
-from leakaudit.formats.phrases import first_line
+from leakaudit.formats.phrases import counted, first_line
 from leakaudit.formats.reading import read_file
+from leakaudit.formats.run_models import model_beside
 from leakaudit.inspection import Inspection
 from leakaudit.media import medium_of
 from leakaudit.models.victim import Victim
 from leakaudit.models.zoo import LANGUAGE, MODEL_PLUGINS, MODELS, load_victim, pixels
 from leakaudit.randomness import fork
 from leakaudit.results import Finding
+from leakaudit.rounds import from_own_bases
 from leakaudit.threat import View, inferred, known, see
 
 
@@ -165,6 +168,7 @@ def open_update(sources: Sources, seed: int = 0) -> Opened:
     Raises `InputError` for anything that does not fit together.
     """
     manifest = read_file(sources.update).manifest.merged(sources.manifest)
+    sources, beside = _with_model_beside(sources, manifest)
     victim = open_victim(sources, manifest)
     shared = load_update(sources.update, victim, before=sources.before, overrides=sources.manifest)
     device = victim.device
@@ -172,9 +176,70 @@ def open_update(sources: Sources, seed: int = 0) -> Opened:
     labels = None if sources.labels is None else _labels(sources.labels, victim)
     parts, unknown = _stated_defenses(manifest)
     view, inspection = inspected(see(victim, shared, labels), shared, parts, seed)
+    view, started = _from_bases(view, sources, manifest)
     remarks = medium_of(victim).remarks(victim, manifest)
-    findings = (*_findings(shared, inspection), *unknown, *remarks)
+    seen = (*beside, *_seen(manifest), *started)
+    findings = (*_findings(shared, inspection), *seen, *unknown, *remarks)
     return Opened(shared, view, inspection, _hashes(sources, shared), findings)
+
+
+def _with_model_beside(sources: Sources, manifest: Manifest) -> tuple[Sources, tuple[Finding, ...]]:
+    """With the checkpoint of the run folder that the update lies in, where none was given and there is one."""
+    given = sources.checkpoint or sources.before or isinstance(sources.model, nn.Module)
+    if given or manifest.checkpoint_sha256 is None:
+        return sources, ()
+    path = model_beside(sources.update, manifest.checkpoint_sha256)
+    if path is None:
+        return sources, ()
+    text = f"No checkpoint was given; {path} lies beside the update and has the hash that it states."
+    return replace(sources, checkpoint=path), (Finding(name="checkpoint", severity="info", text=text),)
+
+
+def _from_bases(view: View, sources: Sources, manifest: Manifest) -> tuple[View, tuple[Finding, ...]]:
+    """The view of an adversary who has the models that the clients of a cohort started from, where they differ."""
+    hashes = manifest.bases or ()
+    if len({*hashes, manifest.checkpoint_sha256 or hashes[0]} if hashes else ()) < 2:
+        return view, ()
+    files = {sha256: model_beside(sources.update, sha256) for sha256 in hashes}
+    count = counted(len(files), "model")
+    text = f"The {len(hashes)} clients did not all start from the model in use, but from {count}"
+    lacking = sum(path is None for path in files.values())
+    if lacking:
+        text += (
+            f", of which {lacking} are not in the run folder: the attacks take them all for the one in use."
+        )
+        return view, (Finding(name="models", severity="warning", text=text),)
+    known = {sha256: _parameters(view.victim, path, sha256) for sha256, path in files.items() if path}
+    text += ", found beside the update by their hashes: each client is simulated from its own."
+    client = from_own_bases(view.client, [known[sha256] for sha256 in hashes])
+    return replace(view, client=client), (Finding(name="models", severity="info", text=text),)
+
+
+def _parameters(victim: Victim, path: Path, sha256: str) -> dict[str, Tensor]:
+    """Of the model in the file, those that the victim trains; `InputError` where it is another model."""
+    module = copy.deepcopy(victim.module)
+    found = load_checkpoint(module, path)
+    if found != sha256:
+        raise InputError(f"{path} holds a model of hash {found[:12]}..., the update names {sha256[:12]}...")
+    held = dict(module.named_parameters())
+    return {name: held[name].detach() for name in victim.params}
+
+
+def _seen(manifest: Manifest) -> tuple[Finding, ...]:
+    """Who saw the update, in which system, and what of it the round does not say."""
+    findings = []
+    if manifest.role is not None:
+        system = "" if manifest.system is None else f" of {manifest.system}"
+        step = "" if manifest.step is None else f" at step {manifest.step}"
+        text = f"Seen by the {manifest.role}{system}{step}" + (f": {manifest.note}" if manifest.note else "")
+        findings.append(Finding(name="view", severity="info", text=text.rstrip(".") + "."))
+    if manifest.exact is False:
+        text = (
+            "The update is not what the stated round alone gives (a residual of older steps, a mask, or defenses"
+            " of each client in a cohort): an attack that fails on it shows nothing."
+        )
+        findings.append(Finding(name="round", severity="warning", text=text))
+    return tuple(findings)
 
 
 def inspected(
@@ -244,7 +309,7 @@ def learn(view: View, inspection: Inspection) -> View:
     if knowledge.batch_size.value is None and inspection.batch_size_hint is not None:
         changes["batch_size"] = inferred(inspection.batch_size_hint, "rank of the last layer's gradient")
         count, size = inspection.batch_size_hint, round.local_batch_size
-        round = replace(round, num_examples=count, local_batch_size=size and min(size, count), clients=1)
+        round = round.of(count, size and min(size, count))
     if knowledge.local_steps.value is None and inspection.local_steps is not None:
         changes["local_steps"] = inferred(inspection.local_steps, "num_batches_tracked")
         round = replace(round, local_steps=inspection.local_steps)

@@ -70,15 +70,19 @@ class PrivateText:
 
     def part(self, start: int, count: int) -> PrivateText:
         """`count` examples from `start` on."""
-        rows = slice(start, start + count)
-        longest = int((self.tokens[rows] != NO_TOKEN).sum(1).max())
-        labels = self.labels[rows]
+        return self.rows(range(len(self))[start : start + count])
+
+    def rows(self, rows: Sequence[int]) -> PrivateText:
+        """The examples at these positions, in this order, no wider than the longest."""
+        index = list(rows)
+        longest = int((self.tokens[index] != NO_TOKEN).sum(1).max())
+        labels = self.labels[index]
         return replace(
             self,
-            tokens=self.tokens[rows, :longest],
+            tokens=self.tokens[index, :longest],
             labels=labels if labels.dim() == 1 else labels[:, :longest],
-            texts=self.texts[rows],
-            names=self.names[rows],
+            texts=tuple(self.texts[row] for row in index),
+            names=tuple(self.names[row] for row in index),
         )
 
     def class_name(self, label: int) -> str:

@@ -203,6 +203,9 @@ def see(victim: Victim, shared: SharedUpdate, labels: Tensor | None = None) -> V
             local_batch_size=manifest.local_batch_size,
             learning_rate=manifest.learning_rate or 1.0,
             clients=manifest.clients or 1,
+            sizes=manifest.sizes,
+            weights=manifest.weights,
+            client_steps=manifest.client_steps,
         )
     except ValueError as error:
         raise InputError(f"the manifest is not a round: {error}") from error

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch.func import functional_call, jvp, vmap
 
 from leakaudit.models.spaces import Pixels
 from leakaudit.models.victim import Mode, Victim
-from leakaudit.rounds import Round, client_update, parameter_gradient, trained_buffers
+from leakaudit.rounds import Round, client_update, from_own_bases, parameter_gradient, trained_buffers
 from leakaudit.update import Update
 
 
@@ -197,3 +199,60 @@ def test_a_cohort_is_the_mean_of_its_clients() -> None:
 def test_clients_share_evenly(count: int, clients: int) -> None:
     with pytest.raises(ValueError, match="clients must"):
         Round(count, clients=clients)
+
+
+def test_a_cohort_of_unequal_shares_is_the_weighted_sum_of_plain_sgd_loops() -> None:
+    victim, (x, y) = victim_of("norm", "train").to(dtype=torch.float64), private_batch(6)
+    x, weights = x.double(), (0.5, -0.25, 2.0)
+    together = Round(6, 3, 2, 0.1, clients=3, sizes=(1, 3, 2), weights=weights, client_steps=(1, 3, 2))
+    assert together.examples_used == 6
+    assert together.passes == 1 + 3 * 2 + 2 * 2
+    alone = [Round(1, 1, None, 0.1), Round(3, 3, 2, 0.1), Round(2, 2, 2, 0.1)]
+    expected: dict[str, Tensor] = {}
+    for own, weight, part in zip(alone, weights, (slice(0, 1), slice(1, 4), slice(4, 6)), strict=True):
+        for name, delta in sgd(build("norm").double().train(), own, x[part], y[part]).items():
+            expected[name] = expected.get(name, 0) + weight * delta
+    assert_close(client_update(victim, victim.params, together, x, y), expected, 1e-9)
+
+
+def test_one_step_of_fedavg_with_unequal_shares_is_the_gradient_of_all_examples() -> None:
+    victim, (x, y) = victim_of("mlp"), private_batch(5)
+    weighted = Round(5, clients=2, sizes=(1, 4), weights=(1 / 5, 4 / 5))
+    torch.testing.assert_close(
+        dict(client_update(victim, victim.params, weighted, x, y)),
+        dict(client_update(victim, victim.params, Round(5), x, y)),
+    )
+    assert not weighted.uneven
+    assert not Round(4, clients=2).uneven
+    assert Round(5, clients=2, sizes=(1, 4)).uneven
+
+
+def test_clients_that_start_from_models_of_their_own() -> None:
+    victim, (x, y) = victim_of("mlp"), private_batch(3)
+    older = {name: p * 0.9 for name, p in victim.params.items()}
+    round = Round(3, 2, 1, 0.1, clients=2, sizes=(2, 1), weights=(0.7, 0.3))
+    client = from_own_bases(client_update, [older, victim.params])
+    expected = (
+        client_update(victim, older, Round(2, 2, 1, 0.1), x[:2], y[:2]) * 0.7
+        + client_update(victim, victim.params, Round(1, 2, 1, 0.1), x[2:], y[2:]) * 0.3
+    )
+    torch.testing.assert_close(dict(client(victim, victim.params, round, x, y)), dict(expected))
+    one = client(victim, victim.params, Round(1), x[:1], y[:1])
+    torch.testing.assert_close(dict(one), dict(client_update(victim, victim.params, Round(1), x[:1], y[:1])))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"clients": 2, "sizes": (1, 2)}, "sizes must be at least 1 and come to 4"),
+        ({"clients": 2, "sizes": (4, 0)}, "sizes must be at least 1"),
+        ({"clients": 2, "sizes": (1, 1, 2)}, "sizes must be one number for each"),
+        ({"weights": (2.0,)}, "weights must be one number for each of several clients"),
+        ({"clients": 2, "weights": (math.nan, 1.0)}, "weights must be finite"),
+        ({"clients": 2, "weights": (0.0, 0.0)}, "not all zero"),
+        ({"clients": 2, "local_steps": 2, "client_steps": (1, 1)}, "client_steps must be at least 1"),
+    ],
+)
+def test_shares_that_cannot_be(wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Round(4, **wrong)

@@ -370,7 +370,7 @@ def _peel(view: View, sentence: list[int], rows: Rows, labelled: int, count: int
     """
     victim = language(view)
     x = torch.tensor([sentence], device=victim.device)
-    single = replace(view, round=replace(view.round, num_examples=1, local_batch_size=None, clients=1))
+    single = replace(view, round=view.round.of(1))
     if victim.task == "classification":
         classes = range(min(victim.num_classes, MOST_CLASSES))
         labels = [torch.tensor([label], device=victim.device) for label in classes]

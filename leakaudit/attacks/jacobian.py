@@ -241,8 +241,7 @@ def _linear_ranks(view: View) -> dict[str, int]:
         weight = f"{name}.weight" if name else "weight"
         if isinstance(module, nn.Linear) and weight in view.observed:
             per_example = inputs.numel() // (inputs.shape[-1] * 2)  # the probe has two examples
-            examples = view.round.local_steps * view.round.batch_size
-            rows[weight] = rows.get(weight, 0) + per_example * examples
+            rows[weight] = rows.get(weight, 0) + per_example * view.round.passes
     return rows
 
 
@@ -526,7 +525,7 @@ def _has_low_rank(pieces: Mapping[str, Piece]) -> bool:
 
 
 def _single(view: View) -> View:
-    return replace(view, round=replace(view.round, num_examples=1, local_batch_size=None, clients=1))
+    return replace(view, round=view.round.of(1))
 
 
 def forward_jacobian(

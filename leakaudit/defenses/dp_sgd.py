@@ -112,10 +112,13 @@ class DPSGD(Defense):
         return self.rate(round) * round.own_examples
 
     def noise_std(self, round: Round, victim: Victim) -> float:
-        """Standard deviation of the noise on each number of the update: of all steps, after the mean over clients."""
-        divisor = self.expected_batch(round) if _reduction(victim) == "mean" else 1.0
-        steps = math.sqrt(round.local_steps / round.clients)
-        return self.noise_multiplier * self.max_grad_norm / divisor * steps
+        """Standard deviation of the noise on each number of the update: of all steps, after the sum over clients."""
+        mean = _reduction(victim) == "mean"
+        variance = sum(
+            weight**2 * own.local_steps / (self.expected_batch(own) if mean else 1.0) ** 2
+            for weight, own in zip(round.each_weight(), round.each(), strict=True)
+        )
+        return self.noise_multiplier * self.max_grad_norm * math.sqrt(variance)
 
     def wrap(self, client: ClientUpdate, generator: torch.Generator) -> ClientUpdate:
         _require_first(client, "dp-sgd")

@@ -51,7 +51,7 @@ class MixUp(Defense):
     def wrap(self, client: ClientUpdate, generator: torch.Generator) -> ClientUpdate:
         def defended(victim: Victim, params: Params, round: Round, x: Tensor, y: Tensor) -> Update:
             require_images(victim, "mixup")
-            mixtures = [self.mixture(round.own_examples, generator) for _ in range(round.clients)]
+            mixtures = [self.mixture(own.num_examples, generator) for own in round.each()]
             weights = torch.block_diag(*mixtures).to(x)  # type: ignore[no-untyped-call]
             y = y if y.is_floating_point() else F.one_hot(y, victim.num_classes)
             return client(victim, params, round, mixed(weights, x), weights @ y.to(x))

@@ -52,7 +52,12 @@ class SecureAggregation(Defense):
 
     def round(self, round: Round) -> Round:
         return replace(
-            round, num_examples=round.num_examples * self.clients, clients=round.clients * self.clients
+            round,
+            num_examples=round.num_examples * self.clients,
+            clients=round.clients * self.clients,
+            sizes=round.sizes and round.sizes * self.clients,
+            weights=round.weights and tuple(weight / self.clients for weight in round.weights * self.clients),
+            client_steps=round.client_steps and round.client_steps * self.clients,
         )
 
     def wrap(self, client: ClientUpdate, generator: torch.Generator) -> ClientUpdate:
@@ -63,11 +68,15 @@ class SecureAggregation(Defense):
 
         What was known of one client's numbers becomes what is known of the mean: the mean of n independent
         noises has 1/sqrt(n) of their standard deviation, and the mean of n roundings lies in an interval as
-        wide as one.
+        wide as one; of a weighted sum the length of the weights and the sum of their magnitudes take their places.
         """
-        rounding, cohort = self.step / math.sqrt(12), math.sqrt(view.round.clients)
-        spread = {name: math.hypot(view.spread.get(name, 0.0), rounding) / cohort for name in view.observed}
-        slack = None if view.slack is None else view.slack.map(lambda tensor: tensor + self.step / 2)
+        weights = view.round.each_weight()
+        rounding, cohort = self.step / math.sqrt(12), math.hypot(*weights)
+        width = math.fsum(map(abs, weights))
+        spread = {name: math.hypot(view.spread.get(name, 0.0), rounding) * cohort for name in view.observed}
+        slack = (
+            None if view.slack is None else view.slack.map(lambda tensor: (tensor + self.step / 2) * width)
+        )
         plain = view.client is client_update  # which takes the mean over clients itself
         client = view.client if plain else mean_of_each(view.client)
         return replace(view, client=client, spread=spread, slack=slack)

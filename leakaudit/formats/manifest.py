@@ -40,7 +40,8 @@ class Manifest(BaseModel):
     sign: for a delta, which way it points: "before-minus-after" or "after-minus-before".
     learning_rate: of the local SGD that made a delta.
     local_steps, num_examples, local_batch_size: the round; num_examples is N, of all clients together.
-    clients: how many share the N examples evenly, where the update is their mean (secure aggregation).
+    clients: how many share the N examples, where the update is made of all of theirs (secure aggregation).
+    sizes, weights, client_steps: of each client, where they differ; see `leakaudit.rounds.Round`.
     loss, reduction: "cross-entropy", "mean" or "sum".
     mode: "train" or "eval" of the module while the gradient was taken.
     normalisation, input_shape (C, H, W), num_classes, model, checkpoint_sha256: the model.
@@ -49,6 +50,11 @@ class Manifest(BaseModel):
     noise_std: standard deviation of added noise per number, in units of the pseudo-gradient.
     parameter_order: names in the order the module lists them (safetensors sorts its keys).
     buffers: names of entries that are buffers, not parameters, with their values after training.
+    system, role, step, staleness: the training system that the update crossed, who saw it, the server's step, and
+        how many steps old the model of each client was.
+    bases: hashes of the models that the clients started from, in order, where they differ.
+    exact: False where the update is not what the round and the defenses say, such as with a residual of older steps.
+    note: how whoever saw the update came by it.
     created_by: program and version.
     """
 
@@ -62,6 +68,9 @@ class Manifest(BaseModel):
     num_examples: Positive | None = None
     local_batch_size: Positive | None = None
     clients: Positive | None = None
+    sizes: tuple[Positive, ...] | None = None
+    weights: tuple[float, ...] | None = None
+    client_steps: tuple[Positive, ...] | None = None
     loss: str | None = None
     reduction: Literal["mean", "sum"] | None = None
     mode: Literal["train", "eval"] | None = None
@@ -76,6 +85,13 @@ class Manifest(BaseModel):
     noise_std: Annotated[float, Field(ge=0)] | None = None
     parameter_order: tuple[str, ...] | None = None
     buffers: tuple[str, ...] | None = None
+    system: str | None = None
+    role: Literal["server", "peer", "network", "enclave-host"] | None = None
+    step: Annotated[int, Field(ge=0)] | None = None
+    staleness: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    bases: tuple[str, ...] | None = None
+    exact: bool | None = None
+    note: str | None = None
     created_by: str | None = None
 
     @model_validator(mode="after")
@@ -87,9 +103,21 @@ class Manifest(BaseModel):
             raise ValueError(
                 f"local_batch_size {self.local_batch_size} exceeds num_examples {self.num_examples}"
             )
-        if self.num_examples is not None and self.num_examples % (self.clients or 1):
-            raise ValueError(f"num_examples {self.num_examples} is not a multiple of clients {self.clients}")
+        self._check_clients()
         return self
+
+    def _check_clients(self) -> None:
+        count = self.clients or 1
+        for name in ("sizes", "weights", "client_steps", "staleness", "bases"):
+            stated = getattr(self, name)
+            if stated is not None and len(stated) != count:
+                raise ValueError(f"{name} has {len(stated)} entries for clients {count}")
+        if self.num_examples is None:
+            return
+        if self.sizes is None and self.num_examples % count:
+            raise ValueError(f"num_examples {self.num_examples} is not a multiple of clients {count}")
+        if self.sizes is not None and sum(self.sizes) != self.num_examples:
+            raise ValueError(f"sizes come to {sum(self.sizes)}, num_examples is {self.num_examples}")
 
     def merged(self, overrides: Manifest | None) -> Manifest:
         """This manifest with every field that `overrides` states put in place of its own.

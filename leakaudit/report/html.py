@@ -103,7 +103,7 @@ def render_html(result: AuditResult, folder: Path | None, redact: bool = False) 
         InputError: a picture's path leaves the folder, or the file is not a PNG.
     """
     result = redact_result(result) if redact or result.redacted else result
-    pictures = _Pictures(folder)
+    pictures = Pictures(folder)
     say = WORDINGS[result.medium]
     columns = _score_columns(result.trials, say)
     trials = [_trial_view(result, index, columns, pictures) for index in ranked(result)]
@@ -155,7 +155,7 @@ def ranked(result: AuditResult) -> list[int]:
     return sorted(range(len(result.trials)), key=rank)
 
 
-class _Pictures:
+class Pictures:
     """Reads pictures of one run folder."""
 
     def __init__(self, folder: Path | None) -> None:
@@ -207,7 +207,7 @@ def _residual_tile(trial: Trial) -> Tile:
     return Tile("Update residual", words.number(trial.residual), note=note, muted=trial.residual is None)
 
 
-def _trial_view(result: AuditResult, index: int, columns: list[str], pictures: _Pictures) -> TrialView:
+def _trial_view(result: AuditResult, index: int, columns: list[str], pictures: Pictures) -> TrialView:
     trial = result.trials[index]
     scores = {score.metric: score for score in trial.scores}
     return TrialView(
@@ -219,7 +219,7 @@ def _trial_view(result: AuditResult, index: int, columns: list[str], pictures: _
     )
 
 
-def _strip_frame(frame: Frame, pictures: _Pictures) -> StripFrame:
+def _strip_frame(frame: Frame, pictures: Pictures) -> StripFrame:
     shown = [sentence(tokens, MAX_STRIP_TOKENS) for tokens in frame.sentences[:MAX_STRIP_SENTENCES]]
     more = len(frame.sentences) - len(shown)
     return StripFrame(frame, pictures(frame.image), shown, more, tally(frame.sentences))
@@ -238,12 +238,12 @@ def _score_columns(trials: list[Trial], say: Wording) -> list[str]:
     return preferred or list(measured)[:MAX_SCORE_COLUMNS]
 
 
-def _examples(trial: Trial, pictures: _Pictures) -> list[ExampleCard]:
+def _examples(trial: Trial, pictures: Pictures) -> list[ExampleCard]:
     units = {score.metric: score.unit for score in trial.scores}
     return [_example_card(example, units, pictures) for example in trial.examples]
 
 
-def _example_card(example: ExampleScores, units: dict[str, str], pictures: _Pictures) -> ExampleCard:
+def _example_card(example: ExampleScores, units: dict[str, str], pictures: Pictures) -> ExampleCard:
     known = example.true_label is not None and example.recovered_label is not None
     return ExampleCard(
         example=example,

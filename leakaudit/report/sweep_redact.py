@@ -26,10 +26,11 @@ def _without_truth(cell: Cell) -> Cell:
 
 
 def _blind_run(run: Run) -> Run:
-    return run.model_copy(update={"examples": [_blind(example) for example in run.examples]})
+    return run.model_copy(update={"examples": [blind_example(example) for example in run.examples]})
 
 
-def _blind(example: Example) -> Example:
+def blind_example(example: Example) -> Example:
+    """The example without the original, its label and the marks that tell of it."""
     hidden: dict[str, object] = dict.fromkeys(
         ("original", "original_tokens", "true_label", "recovered_label")
     )

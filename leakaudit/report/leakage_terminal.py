@@ -1,0 +1,119 @@
+"""`LeakageResult` -> the terminal, through rich; reads well at 80 columns.
+
+Strings from files are shown as plain text: no rich markup, no control characters.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console, Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from leakaudit.leakage_results import LeakageResult, LeakageRow
+from leakaudit.report import words
+from leakaudit.report.folder import REPORT_NAME
+from leakaudit.report.leakage_summary import (
+    EXIT_MEANINGS,
+    State,
+    headline,
+    scores_of,
+    seen,
+    state_of,
+    what_happened,
+)
+from leakaudit.report.terminal import plain
+
+STYLES: dict[State, str] = {
+    "leaks": "red",
+    "not-recovered": "blue",
+    "inconclusive": "yellow",
+    "failed": "yellow",
+    "interrupted": "yellow",
+    "pending": "dim",
+    "no-update": "dim",
+}
+MARKS: dict[State, str] = {
+    "leaks": "!",
+    "not-recovered": "-",
+    "inconclusive": "?",
+    "failed": "x",
+    "interrupted": "?",
+    "pending": ".",
+    "no-update": " ",
+}
+EXIT_STYLES = {0: "blue", 1: "red", 3: "yellow"}
+EXIT_WORDS = {0: "- WITHIN THE POLICY", 1: "! LEAKS", 3: "? INCONCLUSIVE"}
+
+
+def print_leakage(result: LeakageResult, console: Console, folder: Path | None = None) -> None:
+    """Print system x role x best attack, then for every row what was found and what theory says.
+
+    Args:
+        console: where to; any width from 60 columns.
+        folder: the result's folder, to say where the page lies.
+    """
+    console.print(_panel(result))
+    console.print(_table(result))
+    for row in result.rows:
+        console.print(_remarks(row))
+    if folder is not None:
+        page = Text.assemble(("\nReport", "bold"), " ", plain(str(folder / REPORT_NAME)))
+        console.print(page, soft_wrap=True)
+
+
+def _panel(result: LeakageResult) -> Panel:
+    code = result.exit_code
+    lines: list[RenderableType] = [plain(headline(result), "bold")]
+    if result.interrupted:
+        lines.append(Text("Interrupted: views that were not attacked prove nothing.", style="yellow"))
+    lines.append(plain(f"Policy: {result.policy}", "dim"))
+    lines.append(plain(f"Exit code {code}: {EXIT_MEANINGS[code]}", "dim"))
+    if any(row.verdict == "not-recovered" for row in result.rows):
+        lines.append(Text("What was not recovered by these attacks is not thereby safe.", style="dim"))
+    style = EXIT_STYLES[code]
+    title = Text(EXIT_WORDS[code], style=f"bold {style}")
+    return Panel(Group(*lines), title=title, title_align="left", border_style=style, padding=(0, 1))
+
+
+def _table(result: LeakageResult) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0), expand=False)
+    for name in ("System", "Role", "Seen", "Best attack", "Score"):
+        table.add_column(name, overflow="fold")
+    table.add_column("Verdict", no_wrap=True)
+    for row in result.rows:
+        state = state_of(row)
+        verdict = Text(f"{MARKS[state]} {state.replace('-', ' ')}".strip(), style=STYLES[state])
+        table.add_row(
+            plain(row.system, "bold"),
+            plain(row.role),
+            plain(seen(row)),
+            plain(_attack(row)),
+            _scores(row),
+            verdict,
+        )
+    return table
+
+
+def _attack(row: LeakageRow) -> str:
+    return words.MISSING if row.attack is None else row.attack.partition(":")[0]
+
+
+def _scores(row: LeakageRow) -> Text:
+    found = [
+        f"{words.metric_name(s.metric)} {words.plain_number(s.value)} {s.unit}".rstrip()
+        for s in scores_of(row)
+    ]
+    return plain("\n".join(found) or words.MISSING)
+
+
+def _remarks(row: LeakageRow) -> Text:
+    """What was found, and the theory beside it."""
+    where = f"{row.system}, {row.role}" + (f", {row.view}" if row.view else "")
+    text = Text.assemble("\n", plain(where, "bold"), plain(f"  {row.note}" if row.note else "", "dim"))
+    for sentence in what_happened(row):
+        text.append_text(Text.assemble("\n  • ", plain(sentence)))
+    source = f" ({row.source})" if row.source else ""
+    return Text.assemble(text, ("\n  Theory: ", "bold"), plain(row.theory), plain(source, "dim"))
