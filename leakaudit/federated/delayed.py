@@ -3,7 +3,8 @@
     w_{i+1,j} = w_{i,j} - eta v_{i+1,j},   v_{i+1,j} = m v_{i,j} + g_{i,j} - g_{i-d,j} + mean_j g_{i-d,j}
 
 (Zhu, Lin, Lu, Lin and Han 2019; m = 0 there).  The first d steps use the local gradient only, and d = 0 is
-synchronous SGD, bit by bit.  On average the workers follow synchronous SGD with local gradients,
+synchronous SGD, bit by bit (of gradients computed client by client; `torch.func.vmap` rounds differently where
+clients share a model).  On average the workers follow synchronous SGD with local gradients,
 
     mean_j w_{i+1,j} = mean_j w_{i,j} - eta mean_j v_{i+1,j},   mean_j v_{i+1,j} = m mean_j v_{i,j} + mean_j g_{i,j},
 
