@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from leakaudit.update import Update
+    from leakaudit.update import Update
 
 INDEX_BYTES = 4
 """Of the position of a number in a sparse tensor."""

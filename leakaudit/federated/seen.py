@@ -51,6 +51,7 @@ class Observation:
         defenses: specs of `leakaudit.defenses` that describe what was done to it, such as "top-k:keep=0.01".
         exact: False where the update holds more than the members' rounds, such as a residual of older steps.
         note: one sentence: how the party comes by it.
+        sender: whose message it is, where a party other than the server sees those of several clients.
     """
 
     role: Role
@@ -63,16 +64,18 @@ class Observation:
     defenses: tuple[str, ...] = ()
     exact: bool = True
     note: str = ""
+    sender: int | None = None
 
     @property
     def name(self) -> str:
-        """Of its files: round-0012 for what the server applied, round-0012-client-003, round-0012-peer-1."""
+        """Of its files: round-0012 for what the server applied, round-0012-client-003, round-0012-peer-1,
+        round-0012-peer-1-client-003 for one sender's message."""
         name = f"round-{self.step:04d}"
         if self.role != "server":
             name += f"-{self.role}" + ("" if self.observer is None else f"-{self.observer}")
         elif self.observer is not None:
             name += f"-client-{self.observer:03d}"
-        return name
+        return name if self.sender is None else f"{name}-client-{self.sender:03d}"
 
 
 class Seen:
