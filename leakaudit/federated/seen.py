@@ -51,6 +51,7 @@ class Observation:
         defenses: specs of `leakaudit.defenses` that describe what was done to it, such as "top-k:keep=0.01".
         exact: False where the update holds more than the members' rounds, such as a residual of older steps.
         note: one sentence: how the party comes by it.
+        repeat: 0, or how many updates of this observer were seen before at the same step.
     """
 
     role: Role
@@ -63,6 +64,7 @@ class Observation:
     defenses: tuple[str, ...] = ()
     exact: bool = True
     note: str = ""
+    repeat: int = 0
 
     @property
     def name(self) -> str:
@@ -72,7 +74,7 @@ class Observation:
             name += f"-{self.role}" + ("" if self.observer is None else f"-{self.observer}")
         elif self.observer is not None:
             name += f"-client-{self.observer:03d}"
-        return name
+        return name + (f"-again-{self.repeat}" if self.repeat else "")
 
 
 class Seen:
