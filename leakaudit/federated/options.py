@@ -10,7 +10,7 @@ import dataclasses
 import importlib
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args
 
 if TYPE_CHECKING:
     from leakaudit.federated.simulation import Simulation
@@ -60,6 +60,13 @@ def positive(options: object, *names: str) -> None:
         value = getattr(options, name)
         if not 0 < value < float("inf"):
             raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def one_of(options: object, name: str, choices: Any) -> None:
+    """`ValueError` unless the field holds one of a `Literal`'s values."""
+    accepted = get_args(choices)
+    if getattr(options, name) not in accepted:
+        raise ValueError(f"{name} must be {' or '.join(accepted)}, got {getattr(options, name)}")
 
 
 @dataclass(frozen=True)
@@ -164,10 +171,134 @@ def distributed(momentum: float, topology: str) -> None:
         raise ValueError(f"topology must be server or all-reduce, got {topology}")
 
 
-SYSTEMS: dict[str, SystemOptions] = {
+DISTRIBUTED: dict[str, SystemOptions] = {
     "ssgd": SynchronousSGD(),
     "asgd": AsynchronousSGD(),
     "dssgd": DelayedSGD(),
     "dts": AcrossTheWorld(),
     "dgc": AcrossTheWorld(delay=0, period=1, keep=0.001),
 }
+# --- federated learning: clients that train for a while between download and upload ---
+
+Weighting = Literal["examples", "equal"]
+StalenessName = Literal["sqrt", "constant", "polynomial", "hinge"]
+
+
+@dataclass(frozen=True)
+class LocalTraining(SystemOptions):
+    """Clients that take several steps of SGD on their own data, and a server that applies what they send."""
+
+    local_steps: int = option(5, "Steps of SGD of a client a round.")
+    local_epochs: int | None = option(None, "Passes over its data instead of so many steps.")
+    batch_size: int | None = option(8, "Examples of a local step; none for all that a client has.")
+    local_learning_rate: float = option(0.1, "Of a local step.")
+    server_learning_rate: float = option(1.0, "Factor on the clients' mean change of the model.")
+    momentum: float = option(0.0, "Of the server, in [0, 1).")
+    weighting: Weighting = option("examples", "Of clients: by their examples, or equal.")  # noqa: RUF009
+    retry: float = option(10.0, "Seconds until the server asks again, where too few clients were there.")
+    patience: int = option(100, "Rounds in vain, one after the other, after which a run is given up.")
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "local_steps", "local_epochs", "batch_size", "patience")
+        positive(self, "local_learning_rate", "server_learning_rate", "retry")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
+        one_of(self, "weighting", Weighting)
+
+
+@dataclass(frozen=True)
+class FederatedAveraging(LocalTraining):
+    """Federated averaging: a cohort of clients trains for some steps, the mean of their changes is applied.
+
+    McMahan et al. 2017, algorithm 1; server momentum as in Hsu, Qi and Brown 2019.
+    """
+
+    module: ClassVar[str] = "leakaudit.federated.federated_averaging"
+    cohort: int = option(4, "Clients whose updates make one round.")
+    over_selection: float = option(
+        0.0, "Share of clients asked beyond the cohort; the last ones are cancelled."
+    )
+    cut_off: float | None = option(None, "Seconds after a round's start; later reports do not count.")
+    minimum: int = option(1, "Reports below which a round is abandoned.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "cohort", "minimum")
+        if not 0 <= self.over_selection < float("inf"):
+            raise ValueError(f"over_selection must be at least 0 and finite, got {self.over_selection}")
+        if self.cut_off is not None:
+            positive(self, "cut_off")
+        if self.minimum > self.cohort:
+            raise ValueError(f"minimum must be at most the cohort of {self.cohort}, got {self.minimum}")
+
+    def check(self, clients: int) -> None:
+        if self.cohort > clients:
+            raise ValueError(f"cohort must be at most the {clients} clients, got {self.cohort}")
+
+
+@dataclass(frozen=True)
+class OverSelection(FederatedAveraging):
+    """Synchronous federated learning: more clients are asked than needed, the first ones to report count.
+
+    Bonawitz et al. 2019, "Towards federated learning at scale"; 30 percent more, as there.
+    """
+
+    over_selection: float = option(
+        0.3, "Share of clients asked beyond the cohort; the last ones are cancelled."
+    )
+
+
+@dataclass(frozen=True)
+class CutOff(FederatedAveraging):
+    """Synchronous federated learning with a cut-off: who has not reported in time does not count.
+
+    Bonawitz et al. 2019, "Towards federated learning at scale", the time-out of the reporting phase.
+    """
+
+    cut_off: float | None = option(3.0, "Seconds after a round's start; later reports do not count.")
+
+
+@dataclass(frozen=True)
+class FedBuff(LocalTraining):
+    """FedBuff: clients come and go, the server moves whenever a buffer of their updates is full.
+
+    Nguyen et al. 2022, "Federated learning with buffered asynchronous aggregation"; clients replaced at once as
+    in Papaya (Huba et al. 2022).  With buffer=1 it is asynchronous federated learning.
+    """
+
+    module: ClassVar[str] = "leakaudit.federated.fedbuff"
+    weighting: Weighting = option("equal", "Of clients: by their examples, or equal.")  # noqa: RUF009
+    buffer: int = option(3, "Updates that make one step of the server, K.")
+    concurrency: int = option(6, "Clients that train at the same time, at most.")
+    staleness: StalenessName = option("sqrt", "Weight of a stale update: a name of STALENESS.")  # noqa: RUF009
+    exponent: float = option(0.5, "Of polynomial: (1 + tau)^-exponent.")
+    slope: float = option(10.0, "Of hinge: 1 / (1 + slope (tau - threshold)) beyond the threshold.")
+    threshold: int = option(4, "Of hinge.")
+    max_staleness: int | None = option(None, "Updates staler than this are dropped.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "buffer", "concurrency")
+        at_least(self, 0, "exponent", "slope", "threshold", "max_staleness")
+        one_of(self, "staleness", StalenessName)
+        if self.buffer > self.concurrency:
+            raise ValueError(
+                f"buffer must be at most the concurrency of {self.concurrency}, got {self.buffer}"
+            )
+
+    def check(self, clients: int) -> None:
+        for name in ("buffer", "concurrency"):
+            if getattr(self, name) > clients:
+                raise ValueError(f"{name} must be at most the {clients} clients, got {getattr(self, name)}")
+
+
+FEDERATED: dict[str, SystemOptions] = {
+    "fedavg": FederatedAveraging(),
+    "sync": OverSelection(),
+    "timeout": CutOff(),
+    "fedbuff": FedBuff(),
+}
+
+# --- all of them ---
+
+SYSTEMS: dict[str, SystemOptions] = {**DISTRIBUTED, **FEDERATED}

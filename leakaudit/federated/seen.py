@@ -52,6 +52,7 @@ class Observation:
         exact: False where the update holds more than the members' rounds, such as a residual of older steps.
         note: one sentence: how the party comes by it.
         sender: whose message it is, where a party other than the server sees those of several clients.
+        repeat: 0, or how many updates of this observer were seen before at the same step.
     """
 
     role: Role
@@ -65,6 +66,7 @@ class Observation:
     exact: bool = True
     note: str = ""
     sender: int | None = None
+    repeat: int = 0
 
     @property
     def name(self) -> str:
@@ -75,7 +77,9 @@ class Observation:
             name += f"-{self.role}" + ("" if self.observer is None else f"-{self.observer}")
         elif self.observer is not None:
             name += f"-client-{self.observer:03d}"
-        return name if self.sender is None else f"{name}-client-{self.sender:03d}"
+        if self.sender is not None:
+            name += f"-client-{self.sender:03d}"
+        return name + (f"-again-{self.repeat}" if self.repeat else "")
 
 
 class Seen:

@@ -63,8 +63,8 @@ def test_clients_trained_together_get_what_they_get_alone() -> None:
     world = task()
     trainer = Trainer(world, together=8)
     bases = [world.victim.params, {n: p * 1.1 for n, p in world.victim.params.items()}]
-    rounds = [Round(6, 3, 2, 0.1), Round(6, 3, 2, 0.1), Round(4)]
-    for params in (bases[:1] * 3, [bases[0], bases[1], bases[0]]):
+    rounds = [*[Round(6, 3, 2, 0.1)] * 5, Round(4)]
+    for params in (bases[:1] * 6, [*bases, *bases, *bases]):
         waiting = [
             trainer.submit(base, round, torch.arange(round.num_examples) + 6 * index)
             for index, (base, round) in enumerate(zip(params, rounds, strict=True))
