@@ -7,6 +7,7 @@
     enclave.py          asynchronous secure aggregation with a simulated trusted execution environment
     enclave_process.py  the same enclave in a process of its own
     fixed_point.py      updates <-> vectors of integers
+    local.py            what clients of the two systems do before they mask
 
-Only fixed_point.py imports torch, so that the enclave's process starts fast.
+Only the last two import torch, so that the enclave's process starts fast.
 """

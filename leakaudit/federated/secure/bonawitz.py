@@ -21,7 +21,7 @@ private and authentic (TLS).  Deviations, none of which weakens it:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Generator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -495,6 +495,7 @@ class Exchange:
         vector: a member's vector, asked for in round 2; an `InputError` of it makes the client drop out.
         leaving: who drops out, and in which round its message does not come.
         refused: client -> why its message was refused or could not be made; it then counts as dropped.
+        outcome: after the last leg.
     """
 
     server: Server
@@ -502,8 +503,9 @@ class Exchange:
     vector: Callable[[int], Vector]
     leaving: Mapping[int, Stage] = field(default_factory=dict)
     refused: dict[int, str] = field(default_factory=dict)
+    outcome: Outcome = field(init=False)
 
-    def run(self) -> Generator[Leg, None, Outcome]:
+    def run(self) -> Iterator[Leg]:
         """One leg after the other; `Aborted` when too few clients are left."""
         yield self._collect(Stage.ADVERTISE_KEYS, lambda client: client.advertise())
         keys = self.server.announce_keys()
@@ -518,7 +520,7 @@ class Exchange:
         request = self.server.request_unmasking()
         yield self._reply(Stage.MASKED_INPUT, lambda _: request.size)
         yield self._collect(Stage.UNMASK, lambda client: client.unmask(request))
-        return Outcome(self.server.unmask(), tuple(sorted(self.server.survivors)))
+        self.outcome = Outcome(self.server.unmask(), tuple(sorted(self.server.survivors)))
 
     def _collect(self, stage: Stage, message_of: Callable[[Client], ClientMessage]) -> Leg:
         sizes = {}
@@ -550,10 +552,7 @@ def secure_sum(
     Raises `Aborted` where the dropouts of `leaving` leave fewer than the threshold in any round.
     """
     clients = {number: Client(setup, number, randomness) for number in setup.members}
-    run = Exchange(Server(setup), clients, vectors.__getitem__, leaving or {}).run()
-    try:
-        while True:
-            next(run)
-    except StopIteration as ended:
-        outcome: Outcome = ended.value
-        return outcome
+    exchange = Exchange(Server(setup), clients, vectors.__getitem__, leaving or {})
+    for _ in exchange.run():
+        pass
+    return exchange.outcome
