@@ -104,6 +104,12 @@ class Attempt:
             if leaving.get(index, Stage.UNMASK) > Stage.MASKED_INPUT
         }
         numbers = fixed_point(options, options.cohort)
+        most = max(client.examples for client in simulation.clients)
+        if options.weighting == "examples" and most > numbers.largest:
+            raise InputError(
+                f"a client has {most} examples, more than the {numbers.largest} that a number of {options.bits} bits"
+                " can say; accepted: more bits, or equal weights"
+            )
         return cls(options, simulation, name, cohort, leaving, pending, numbers)
 
     def run(self) -> Generator[Any, Any, Outcome]:
