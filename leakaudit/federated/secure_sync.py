@@ -14,7 +14,7 @@ largest client's number of examples, is public, and adds its number of examples 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,7 @@ KINDS: Mapping[Stage, str] = {
 
 
 def run(options: SecureSync, simulation: Simulation) -> Generator[Any, Any, None]:
+    _check_weights(options, simulation)
     attempts = in_a_row = 0
     while not simulation.done:
         attempt = Attempt.draw(options, simulation, attempts)
@@ -56,14 +57,25 @@ def run(options: SecureSync, simulation: Simulation) -> Generator[Any, Any, None
             in_a_row += 1
             simulation.count("aborted rounds")
             if in_a_row >= options.patience:
+                why = "; ".join([str(error), *sorted(set(attempt.refused.values()))])
                 raise InputError(
-                    f"{in_a_row} rounds of secure aggregation in a row were aborted, the last one because"
-                    f" {error}; accepted: fewer dropouts, a larger cohort or a lower threshold"
+                    f"{in_a_row} rounds of secure aggregation in a row were aborted, the last one because {why};"
+                    " accepted: fewer dropouts, a larger cohort or a lower threshold"
                 ) from error
             yield simulation.env.timeout(options.wait)
             continue
         in_a_row = 0
         attempt.apply(outcome)
+
+
+def _check_weights(options: SecureSync, simulation: Simulation) -> None:
+    most = max(client.examples for client in simulation.clients)
+    largest = fixed_point(options, options.cohort).largest
+    if options.weighting == "examples" and most > largest:
+        raise InputError(
+            f"a client has {most} examples, more than the {largest} that a number of {options.bits} bits can say;"
+            " accepted: more bits, or equal weights"
+        )
 
 
 @dataclass
@@ -74,6 +86,7 @@ class Attempt:
         cohort: the clients that are asked.
         leaving: who drops out, and in which round of the protocol.
         pending: the training of those who come as far as to send a masked update.
+        refused: whose message was refused, and why.
     """
 
     options: SecureSync
@@ -83,6 +96,7 @@ class Attempt:
     leaving: Mapping[int, Stage]
     pending: dict[int, Pending]
     numbers: FixedPoint
+    refused: dict[int, str] = field(default_factory=dict)
 
     @classmethod
     def draw(cls, options: SecureSync, simulation: Simulation, index: int) -> Attempt:
@@ -104,17 +118,11 @@ class Attempt:
             if leaving.get(index, Stage.UNMASK) > Stage.MASKED_INPUT
         }
         numbers = fixed_point(options, options.cohort)
-        most = max(client.examples for client in simulation.clients)
-        if options.weighting == "examples" and most > numbers.largest:
-            raise InputError(
-                f"a client has {most} examples, more than the {numbers.largest} that a number of {options.bits} bits"
-                " can say; accepted: more bits, or equal weights"
-            )
         return cls(options, simulation, name, cohort, leaving, pending, numbers)
 
     def run(self) -> Generator[Any, Any, Outcome]:
         """The sum of the survivors' vectors; `ProtocolError` where the protocol aborts."""
-        simulation, exchange = self.simulation, None
+        simulation = self.simulation
         if self.leaving:
             simulation.count("dropped out", len(self.leaving))
         try:
@@ -124,8 +132,8 @@ class Attempt:
             for leg in exchange.run():
                 yield from self._together(self._message(index, leg) for index in leg.sizes)
         finally:
-            if exchange is not None and exchange.refused:
-                simulation.count("refused clients", len(exchange.refused))
+            if self.refused:
+                simulation.count("refused clients", len(self.refused))
             for pending in self.pending.values():
                 pending.cancel()
         return exchange.outcome
@@ -147,7 +155,7 @@ class Attempt:
         ring = self.numbers.ring(template(self.simulation), extra=int(self._weighted))
         setup = Setup(tuple(self.cohort), threshold, ring, randomness(SESSION_BYTES))
         clients = {index: bonawitz.Client(setup, index, randomness) for index in self.cohort}
-        return Exchange(bonawitz.Server(setup), clients, self._vector, self.leaving)
+        return Exchange(bonawitz.Server(setup), clients, self._vector, self.leaving, self.refused)
 
     def _together(self, messages: Iterable[Generator[Any, Any, None]]) -> Generator[Any, Any, None]:
         """Wait for the last of them."""

@@ -181,7 +181,7 @@ def test_a_population_of_nan_ends_with_the_reason() -> None:
         Trainer(world, lambda *given: client_update(*given) * float("nan")),
         Seen(lambda step: True),
     )
-    with pytest.raises(InputError, match=r"20 rounds .* aborted"):
+    with pytest.raises(InputError, match=r"20 rounds .* aborted.* 0 clients are left.* not finite"):
         run.run(SYNC)
     with pytest.raises(InputError, match=r"20\d contributions in a row were lost.* not finite"):
         Simulation(
