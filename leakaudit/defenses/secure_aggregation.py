@@ -81,9 +81,15 @@ class SecureAggregation(Defense):
         client = view.client if plain else mean_of_each(view.client)
         return replace(view, client=client, spread=spread, slack=slack)
 
+    def levels(self, tensor: Tensor, lots: Tensor | None = None) -> Tensor:
+        """Whole numbers of steps (float64, in [-2^(bits-1), 2^(bits-1)]): to the nearest, ties to even; or, with
+        `lots` (the tensor's shape, uniform in [0, 1)), up with the probability that keeps the mean."""
+        exact = tensor.double() / self.step
+        rounded = exact.round() if lots is None else (exact + lots).floor()
+        return rounded.clamp(-(2.0 ** (self.bits - 1)), 2.0 ** (self.bits - 1))
+
     def _fixed_point(self, tensor: Tensor) -> Tensor:
-        levels = (tensor.double() / self.step).round() * self.step
-        return levels.clamp(-self.limit, self.limit).to(tensor.dtype)
+        return (self.levels(tensor) * self.step).to(tensor.dtype)
 
 
 def mean_of_each(client: ClientUpdate) -> ClientUpdate:

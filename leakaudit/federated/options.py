@@ -299,6 +299,103 @@ FEDERATED: dict[str, SystemOptions] = {
     "fedbuff": FedBuff(),
 }
 
+# --- secure aggregation: the server sees sums only ---
+
+
+@dataclass(frozen=True)
+class SecureOptions(SystemOptions):
+    """Local training, and the fixed point in which its updates are masked and summed."""
+
+    local_steps: int = option(4, "SGD steps of a client a round.")
+    batch_size: int = option(8, "Examples a step; all of a client that has fewer.")
+    learning_rate: float = option(0.1, "Of the local SGD.")
+    server_learning_rate: float = option(1.0, "Of the mean of the clients' differences.")
+    bits: int = option(22, "Of a number in fixed point, 2 to 48.")
+    limit: float = option(
+        8.0, "Largest magnitude of a number of the pseudo-gradient; larger ones are clamped."
+    )
+    modulus_bits: int = option(32, "Sums are modulo 2 to this power, 8 to 63.")
+    rounding: Literal["nearest", "stochastic"] = option("nearest", "nearest, or stochastic.")
+
+    def __post_init__(self) -> None:
+        positive(self, "learning_rate", "server_learning_rate")
+        at_least(self, 1, "local_steps", "batch_size")
+        if self.rounding not in ("nearest", "stochastic"):
+            raise ValueError(f"rounding must be nearest or stochastic, got {self.rounding}")
+
+    def check_sum(self, clients: int) -> None:
+        """`ValueError` where the sum of so many clients could wrap around, or the fixed point is none."""
+        from leakaudit.federated.secure.fixed_point import FixedPoint
+
+        FixedPoint(clients, self.bits, self.limit, self.modulus_bits)
+
+
+@dataclass(frozen=True)
+class SecureSync(SecureOptions):
+    """Federated averaging with the secure aggregation of Bonawitz et al. 2017: the server sees a cohort's sum."""
+
+    module: ClassVar[str] = "leakaudit.federated.secure_sync"
+    cohort: int = option(5, "Clients a round, at least 2.")
+    threshold: int | None = option(None, "Who must be left in every round of the protocol; else 2/3 + 1.")
+    weighting: Literal["equal", "examples"] = option("equal", "Of clients: equal, or by examples.")
+    wait: float = option(1.0, "Seconds from an aborted round to the next.")
+    patience: int = option(20, "Aborted rounds in a row before giving up.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 2, "cohort")
+        at_least(self, 1, "threshold", "patience")
+        at_least(self, 0, "wait")
+        if self.weighting not in ("equal", "examples"):
+            raise ValueError(f"weighting must be equal or examples, got {self.weighting}")
+
+    @property
+    def quorum(self) -> int:
+        """The threshold that holds."""
+        return 2 * self.cohort // 3 + 1 if self.threshold is None else self.threshold
+
+    def check(self, clients: int) -> None:
+        from leakaudit.federated.secure.bonawitz import check_threshold
+
+        if self.cohort > clients:
+            raise ValueError(f"cohort must be at most the {clients} clients there are, got {self.cohort}")
+        check_threshold(self.quorum, self.cohort)
+        self.check_sum(self.cohort)
+
+
+@dataclass(frozen=True)
+class SecureAsync(SecureOptions):
+    """FedBuff whose server sees the sum of a buffer only, by a SIMULATED enclave as in Papaya (Huba et al. 2022)."""
+
+    module: ClassVar[str] = "leakaudit.federated.secure_async"
+    buffer: int = option(4, "Contributions a step of the server, at least 2.")
+    concurrency: int = option(5, "Clients that train at any time.")
+    staleness_exponent: float = option(
+        0.5, "Weight 1 / (1 + staleness)^exponent, put on by the client; 0 for none."
+    )
+    isolated: bool = option(False, "Run the simulated enclave in a process of its own.")
+    patience: int = option(200, "Contributions lost in a row before giving up.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 2, "buffer")
+        at_least(self, 1, "concurrency", "patience")
+        if not 0 <= self.staleness_exponent < float("inf"):
+            raise ValueError(
+                f"staleness_exponent must be at least 0 and finite, got {self.staleness_exponent}"
+            )
+
+    def check(self, clients: int) -> None:
+        for name in ("buffer", "concurrency"):
+            if getattr(self, name) > clients:
+                raise ValueError(
+                    f"{name} must be at most the {clients} clients there are, got {getattr(self, name)}"
+                )
+        self.check_sum(self.buffer)
+
+
+SECURE: dict[str, SystemOptions] = {"secagg": SecureSync(), "async-secagg": SecureAsync()}
+
 # --- all of them ---
 
-SYSTEMS: dict[str, SystemOptions] = {**DISTRIBUTED, **FEDERATED}
+SYSTEMS: dict[str, SystemOptions] = {**DISTRIBUTED, **FEDERATED, **SECURE}
