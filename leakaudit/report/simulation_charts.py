@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from leakaudit.report import words
 from leakaudit.report.sweep_plots import (
@@ -93,10 +93,11 @@ def comparison_plots(found: Comparison) -> list[Plot]:
         ]
 
     others = [group for group in found.first.groups if group != ALL]
+    free = replace(yard, target=None)  # a target is of all held-out data
     return [
         _by_time(courses(ALL), yard),
         _by_bytes(courses(ALL), yard),
-        *(_by_time(courses(group), yard, f" of {group} of clients by data") for group in others),
+        *(_by_time(courses(group), free, f" of {group} of clients by data") for group in others),
     ]
 
 

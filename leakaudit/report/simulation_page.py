@@ -151,6 +151,8 @@ def _roles(result: SimulationResult) -> list[RoleViews]:
 def _named(view: RecordedView) -> str:
     if not view.clients:
         return words.MISSING
+    if len(view.clients) == 1:
+        return f"client {view.clients[0]}"
     shown = ", ".join(map(str, view.clients[:MAX_NAMED]))
     more = len(view.clients) - MAX_NAMED
     return f"{words.plural(len(view.clients), 'client')}: {shown}" + (f" and {more} more" if more > 0 else "")

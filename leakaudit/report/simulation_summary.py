@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from leakaudit.report import words
 from leakaudit.report.simulation_charts import target_text
 from leakaudit.simulation_results import (
@@ -39,23 +41,37 @@ def run_headline(result: SimulationResult) -> str:
 
 
 def comparison_headline(found: Comparison) -> str:
-    """Which system was first, or ended best; what differs by less than its intervals is not told apart here."""
-    seeds = len(found.seeds)
+    """Which system was first, or ended best, and whether the seeds tell it from the next."""
     if found.limits.has_target:
-        arrived = sorted((s for s in found.systems if s.reached == seeds), key=lambda s: s.time.mean)
-        if not arrived:
-            return f"No system reached the {target_text(found.limits)} with every seed"
-        first, *others = arrived
-        slower = [
-            f"{s.spec} takes {words.number(s.time.mean / first.time.mean)} times as long" for s in others
-        ]
-        text = f"{first.spec} is first at the {target_text(found.limits)}, after {words.duration(first.time.mean)}"
-        return "; ".join([text, *slower[:3]])
+        return _fastest(found)
     if found.first.by_perplexity:
-        best = min(found.systems, key=lambda s: s.perplexity[ALL].mean)
-        return f"{best.spec} ends at the lowest perplexity, {words.number(best.perplexity[ALL].mean)}"
-    best = max(found.systems, key=lambda s: s.accuracy[ALL].mean)
-    return f"{best.spec} ends at the highest accuracy, {words.number(100 * best.accuracy[ALL].mean)} %"
+        best, *others = sorted(found.systems, key=lambda s: s.perplexity[ALL].mean)
+        text = f"{best.spec} ends at the lowest perplexity, {words.number(best.perplexity[ALL].mean)}"
+        return text + _doubt(best.perplexity[ALL], [s.perplexity[ALL] for s in others])
+    best, *others = sorted(found.systems, key=lambda s: -s.accuracy[ALL].mean)
+    text = f"{best.spec} ends at the highest accuracy, {words.number(100 * best.accuracy[ALL].mean)} %"
+    return text + _doubt(best.accuracy[ALL], [s.accuracy[ALL] for s in others])
+
+
+def _fastest(found: Comparison) -> str:
+    arrived = sorted((s for s in found.systems if s.reached == len(found.seeds)), key=lambda s: s.time.mean)
+    if not arrived:
+        return f"No system reached the {target_text(found.limits)} with every seed"
+    first, *others = arrived
+    text = f"{first.spec} is first at the {target_text(found.limits)}, after {words.duration(first.time.mean)}"
+    slower = [f"{s.spec} takes {words.number(s.time.mean / first.time.mean)} times as long" for s in others]
+    doubt = _doubt(first.time, [other.time for other in others])
+    return "; ".join([text, *slower[:3]]) + doubt
+
+
+def _doubt(best: Estimate, others: list[Estimate]) -> str:
+    """A word where the interval of the best meets that of another."""
+    met = any(
+        None not in (best.low, best.high, other.low, other.high)
+        and max(best.low, other.low) <= min(best.high, other.high)  # type: ignore[type-var]
+        for other in others
+    )
+    return " (the intervals of the seeds overlap)" if met else ""
 
 
 def time_text(system: ComparedSystem, seeds: int) -> str:
@@ -75,7 +91,7 @@ def size_text(estimate: Estimate) -> str:
     return words.size(estimate.mean) + _half(estimate, words.size)
 
 
-def _half(estimate: Estimate, write: object) -> str:
-    if estimate.low is None or estimate.high is None or estimate.high == estimate.low or not callable(write):
+def _half(estimate: Estimate, write: Callable[[float], str]) -> str:
+    if estimate.low is None or estimate.high is None or estimate.high == estimate.low:
         return ""
     return f" ± {write((estimate.high - estimate.low) / 2)}"

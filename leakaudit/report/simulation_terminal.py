@@ -19,7 +19,7 @@ from leakaudit.report.simulation_summary import (
     time_text,
 )
 from leakaudit.report.terminal import plain as plain_text
-from leakaudit.simulation_results import ALL, Comparison, SimulationResult
+from leakaudit.simulation_results import ALL, ComparedSystem, Comparison, SimulationResult
 
 
 def plain(text: str, style: str = "") -> Text:
@@ -62,34 +62,53 @@ def _views(result: SimulationResult) -> str:
 
 
 def print_comparison(found: Comparison, console: Console, folder: Path) -> None:
-    """The table of all systems, and where the page is."""
+    """What all systems cost and came to, then groups and counters, and where the page is."""
     seeds, yard = len(found.seeds), yard_of(found.first)
     groups = [group for group in found.first.groups if all(group in s.accuracy for s in found.systems)]
     counters = list(dict.fromkeys(name for system in found.systems for name in system.counters))
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for index, heading in enumerate(_headings(found, groups, counters, f"{yard.name} {yard.unit}".strip())):
-        table.add_column(plain(heading), justify="left" if index == 0 else "right", overflow="fold")
-    for system in found.systems:
-        estimates = system.perplexity if found.first.by_perplexity else system.accuracy
-        scale = 1 if found.first.by_perplexity else 100
-        cells = [
-            system.spec,
-            time_text(system, seeds),
-            number_text(system.steps),
-            number_text(system.updates),
-            size_text(system.uploaded),
-            *(number_text(estimates[group], scale) for group in groups),
-            *(words.number(system.counters.get(name, 0)) for name in counters),
-        ]
-        table.add_row(*(plain(cell) for cell in cells))
+    quality = f"{yard.name} {yard.unit}".strip()
     console.print(plain(comparison_headline(found), "bold"), soft_wrap=True)
-    console.print(table)
+    time = "time to target" if found.limits.has_target else "time"
+    headings = ["system", time, "steps", "updates", "sent", quality]
+    console.print(_table(headings, [_costs(found, system) for system in found.systems]))
+    if len(groups) > 1 or counters:
+        headings = ["system", *(f"{quality}, {group}" for group in groups[1:]), *counters]
+        rows = [
+            [
+                system.spec,
+                *(_estimate(found, system, group) for group in groups[1:]),
+                *(words.number(system.counters.get(name, 0)) for name in counters),
+            ]
+            for system in found.systems
+        ]
+        console.print()
+        console.print(_table(headings, rows))
     if seeds > 1:
         console.print(plain(f"± is half of the 95 % interval of the mean of {seeds} seeds.", "dim"))
     console.print(plain(f"Report: {folder / 'report.html'}"), soft_wrap=True)
 
 
-def _headings(found: Comparison, groups: Sequence[str], counters: Sequence[str], quality: str) -> list[str]:
-    time = "time to target" if found.limits.has_target else "time"
-    named = [quality if len(groups) == 1 else f"{quality}, {group}" for group in groups]
-    return ["system", time, "steps", "updates", "sent", *named, *counters]
+def _costs(found: Comparison, system: ComparedSystem) -> list[str]:
+    return [
+        system.spec,
+        time_text(system, len(found.seeds)),
+        number_text(system.steps),
+        number_text(system.updates),
+        size_text(system.uploaded),
+        _estimate(found, system, ALL),
+    ]
+
+
+def _estimate(found: Comparison, system: ComparedSystem, group: str) -> str:
+    if found.first.by_perplexity:
+        return number_text(system.perplexity[group])
+    return number_text(system.accuracy[group], 100)
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for index, heading in enumerate(headings):
+        table.add_column(plain(heading), justify="right" if index else "left", min_width=None if index else 12)
+    for row in rows:
+        table.add_row(*(plain(cell) for cell in row))
+    return table
