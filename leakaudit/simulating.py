@@ -52,7 +52,7 @@ from leakaudit.randomness import fork
 from leakaudit.report.simulation_page import write_simulation_page
 from leakaudit.rounds import ClientUpdate, Round, client_update
 from leakaudit.scenario import Scenario, recorded_steps
-from leakaudit.simulation_folder import CURVE_NAME, MODELS, NETWORK_NAME, REPORT_NAME, open_folder
+from leakaudit.simulation_folder import CURVE_NAME, MODELS, NETWORK_NAME, REPORT_NAME, forget, open_folder
 from leakaudit.simulation_results import (
     ALL,
     SIMULATION_NAME,
@@ -177,7 +177,11 @@ def run_in(
         log=LOGGED,
         on_step=on_step,
     )
-    interrupted = _run(simulation, system)
+    try:
+        interrupted = _run(simulation, system)
+    except InputError:
+        forget(folder)  # so that another try needs no --force
+        raise
     result = _result(world, system, simulation, recorder, time.monotonic() - began, interrupted, command)
     _write(result, simulation, folder)
     return result

@@ -44,7 +44,8 @@ def same_plan(folder: Path, kind: Kind, identity: str) -> bool:
 
 
 def forget(folder: Path) -> None:
-    """Remove what runs write: files of our names, their models and views, and runs of a comparison below."""
+    """Remove what runs write: files of our names, their models and views, and runs of a comparison below; then the
+    folder, where nothing else is in it."""
     names = (PLAN_NAME, SIMULATION_NAME, COMPARISON_NAME, CURVE_NAME, NETWORK_NAME, REPORT_NAME)
     plan = _plan(folder)
     if plan is not None and plan.get("kind") == "comparison":
@@ -52,14 +53,14 @@ def forget(folder: Path) -> None:
             inside = _plan(below)
             if not below.is_symlink() and inside is not None and inside.get("kind") == "simulation":
                 forget(below)
-                if not any(below.iterdir()):
-                    below.rmdir()
     if plan is not None:  # else these folders may be somebody's own
         for name in (MODELS, VIEWS, TRUTH):
             if (folder / name).is_dir() and not (folder / name).is_symlink():
                 shutil.rmtree(folder / name)
     for name in names:
         (folder / name).unlink(missing_ok=True)
+    if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def _refuse_strangers(folder: Path, kind: Kind, identity: str) -> None:

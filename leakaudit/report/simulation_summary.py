@@ -28,10 +28,8 @@ def run_headline(result: SimulationResult) -> str:
     reached, last = result.reached, result.last
     if reached is not None:
         return (
-            f"{result.system} reached an {target_text(result.limits)}".replace(
-                "an perplexity", "a perplexity"
-            )
-            + f" after {words.duration(reached.time)} of virtual time"
+            f"{result.system} reached the {target_text(result.limits)} after {words.duration(reached.time)} of"
+            " virtual time"
         )
     missed = f", short of the {target_text(result.limits)}" if result.limits.has_target else ""
     return (
@@ -58,7 +56,9 @@ def _fastest(found: Comparison) -> str:
     if not arrived:
         return f"No system reached the {target_text(found.limits)} with every seed"
     first, *others = arrived
-    text = f"{first.spec} is first at the {target_text(found.limits)}, after {words.duration(first.time.mean)}"
+    text = (
+        f"{first.spec} is first at the {target_text(found.limits)}, after {words.duration(first.time.mean)}"
+    )
     slower = [f"{s.spec} takes {words.number(s.time.mean / first.time.mean)} times as long" for s in others]
     doubt = _doubt(first.time, [other.time for other in others])
     return "; ".join([text, *slower[:3]]) + doubt

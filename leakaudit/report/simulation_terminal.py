@@ -108,7 +108,9 @@ def _estimate(found: Comparison, system: ComparedSystem, group: str) -> str:
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for index, heading in enumerate(headings):
-        table.add_column(plain(heading), justify="right" if index else "left", min_width=None if index else 12)
+        table.add_column(
+            plain(heading), justify="right" if index else "left", min_width=None if index else 12
+        )
     for row in rows:
         table.add_row(*(plain(cell) for cell in row))
     return table
