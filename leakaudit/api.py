@@ -5,12 +5,13 @@ result = leakaudit.attack("shared.safetensors", "resnet20", checkpoint="model.pt
 result = leakaudit.audit("lenet", "photos/", num_examples=4)
 result = leakaudit.audit("hf:prajjwal1/bert-tiny", text="notes.txt", task="classification")
 result = leakaudit.defend("audit.toml")
+result = leakaudit.simulate("fedbuff:buffer=10", leakaudit.Scenario("resnet20", data="cifar10.npz"))
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,7 +41,10 @@ from leakaudit.spec import suggest
 from leakaudit.subject import Sources, open_update, private_source
 
 if TYPE_CHECKING:
-    from leakaudit.progress import OnSweep
+    from leakaudit.progress import OnStep, OnSweep
+    from leakaudit.scenario import Scenario
+    from leakaudit.simulating import System
+    from leakaudit.simulation_results import Comparison, SimulationResult
     from leakaudit.sweep.config import SweepConfig
     from leakaudit.sweep_results import SweepResult
     from leakaudit.text_data import PrivateText
@@ -227,6 +231,63 @@ def defend(
 
     sweep = config if isinstance(config, SweepConfig) else build_config(read_config(config))
     return run_sweep(sweep, resume=resume, force=force, on_progress=on_progress, command=command)
+
+
+def simulate(
+    system: str | System,
+    scenario: Scenario,
+    *,
+    out: str | Path | None = None,
+    force: bool = False,
+    on_step: OnStep | None = None,
+    command: str = "",
+) -> SimulationResult:
+    """Train with a whole system on a virtual clock, and record what each party sees.
+
+    Args:
+        system: a name of `leakaudit.federated.options.SYSTEMS` with options, such as "fedbuff:buffer=10".
+        scenario: model, data, clients, limits.
+        out: the run folder, see `leakaudit.simulating`; None for a new temporary one.
+        force: start anew in a folder that holds another run.
+        on_step: called with (steps done, steps at most, held-out loss).
+
+    Ctrl-C ends the run with what it has come to, and the result says so.
+    Raises `InputError` for anything that cannot be used, before anything is written.
+    """
+    from leakaudit import simulating  # stands above audits
+
+    chosen = simulating.System.parse(system) if isinstance(system, str) else system
+    return simulating.simulate(chosen, scenario, _folder(out), force=force, on_step=on_step, command=command)
+
+
+def compare(
+    systems: Sequence[str],
+    scenario: Scenario,
+    *,
+    seeds: int = 1,
+    out: str | Path | None = None,
+    force: bool = False,
+    on_run: Callable[[str], OnStep] | None = None,
+    command: str = "",
+) -> Comparison:
+    """Run several systems on the same model, data, clients and seeds.
+
+    Args:
+        systems: specs as for `simulate`, at least one, no two the same.
+        scenario: as for `simulate`; seeds: how many, from its seed on.
+        out: a folder with one below for every run; None for a new temporary one.  Finished runs of the same
+            comparison are kept; `force` begins all anew.
+        on_run: called with a run's label before it begins, gives its `on_step`.
+
+    Raises `InputError` as `simulate` does.
+    """
+    from leakaudit.comparing import compare as run_all
+
+    return run_all(systems, scenario, _folder(out), seeds=seeds, force=force, on_run=on_run, command=command)
+
+
+def _folder(out: str | Path | None) -> Path:
+    return Path(tempfile.mkdtemp(prefix="leakaudit-")) if out is None else Path(out)
 
 
 def capture_update(

@@ -14,6 +14,8 @@ from rich.console import Console
 from leakaudit import __version__
 from leakaudit.errors import EXIT_INCONCLUSIVE, InputError, LeakauditError
 from leakaudit.progress import progress_bar, sweep_bar
+from leakaudit.simulate_cli import simulate_app
+from leakaudit.units import parse_numbers, parse_shape
 
 if TYPE_CHECKING:
     from leakaudit.formats.manifest import Manifest
@@ -88,6 +90,9 @@ def _version(value: bool) -> None:
     if value:
         typer.echo(f"leakaudit {__version__}")
         raise typer.Exit
+
+
+app.add_typer(simulate_app)
 
 
 @app.callback()
@@ -525,10 +530,11 @@ def baseline(
 @app.command("list")
 def list_names(
     what: Annotated[
-        str, typer.Argument(help="attacks, defenses, protocols, models or metrics.", show_default=False)
+        str,
+        typer.Argument(help="attacks, defenses, protocols, systems, models or metrics.", show_default=False),
     ],
 ) -> None:
-    """Name what there is: attacks, defenses, protocols, models or metrics."""
+    """Name what there is: attacks, defenses, protocols, systems, models or metrics."""
     from leakaudit.listing import tables
 
     known = tables()
@@ -601,24 +607,12 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value not in (None, [], {})}
 
 
-def _numbers(text: str, what: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise InputError(f"{what} {text!r} is not whole numbers with commas between") from None
-
-
 def _shape(text: str | None) -> tuple[int, int, int] | None:
-    if text is None:
-        return None
-    numbers = _numbers(text, "input shape")
-    if len(numbers) != 3 or min(numbers) < 1:
-        raise InputError(f"input shape {text!r} is not C,H,W with positive numbers, such as 3,32,32")
-    return numbers[0], numbers[1], numbers[2]
+    return None if text is None else parse_shape(text)
 
 
 def _labels(text: str | None) -> list[int] | None:
-    return None if text is None else _numbers(text, "labels")
+    return None if text is None else parse_numbers(text, "labels")
 
 
 def _refuse_existing(force: bool, *paths: Path | None) -> None:

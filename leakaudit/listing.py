@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Iterable
 
 from rich.console import Console
@@ -12,8 +11,10 @@ from rich.text import Text
 
 from leakaudit.attacks.registry import ATTACKS, describe_attack, medium_of_attack
 from leakaudit.defenses import DEFENSES
+from leakaudit.federated.options import SYSTEMS
 from leakaudit.metrics import METRICS
 from leakaudit.models.zoo import LANGUAGE, MODEL_PLUGINS, MODELS
+from leakaudit.spec import described
 from leakaudit.text_metrics import TEXT_METRICS
 
 
@@ -23,6 +24,7 @@ def tables() -> dict[str, Callable[[Console], None]]:
         "attacks": _attacks,
         "defenses": _defenses,
         "protocols": _protocols,
+        "systems": _systems,
         "models": _models,
         "metrics": _metrics,
     }
@@ -38,11 +40,6 @@ def _print(console: Console, heading: tuple[str, ...], rows: Iterable[tuple[str,
 def _notes(console: Console, lines: Iterable[str]) -> None:
     for line in lines:
         console.print(Text(line), soft_wrap=True)
-
-
-def _summary(preset: object) -> str:
-    """The first paragraph of what the class says of itself, as one line."""
-    return " ".join(inspect.cleandoc(type(preset).__doc__ or "").partition("\n\n")[0].split())
 
 
 def _options(preset: object) -> str:
@@ -62,7 +59,7 @@ def _attacks(console: Console) -> None:
 
 def _defenses(console: Console) -> None:
     defenses, broken = DEFENSES.usable()
-    rows = ((name, f"{_summary(defense)}\n{_options(defense)}") for name, defense in defenses.items())
+    rows = ((name, f"{described(defense)}\n{_options(defense)}") for name, defense in defenses.items())
     _print(console, ("defense", "what it does, and its options"), rows)
     _notes(console, broken)
 
@@ -70,8 +67,13 @@ def _defenses(console: Console) -> None:
 def _protocols(console: Console) -> None:
     from leakaudit.sweep.protocols import PROTOCOLS  # sweeps stand above audits
 
-    rows = ((name, f"{_summary(protocol)}\n{_options(protocol)}") for name, protocol in PROTOCOLS.items())
+    rows = ((name, f"{described(protocol)}\n{_options(protocol)}") for name, protocol in PROTOCOLS.items())
     _print(console, ("protocol", "what it does, and its options"), rows)
+
+
+def _systems(console: Console) -> None:
+    rows = ((name, f"{described(system)}\n{_options(system)}") for name, system in SYSTEMS.items())
+    _print(console, ("system", "what it is, and its options"), rows)
 
 
 def _models(console: Console) -> None:

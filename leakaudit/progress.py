@@ -51,6 +51,36 @@ def progress_bar(console: Console) -> Iterator[OnProgress]:
         yield report
 
 
+OnStep = Callable[[int, int, float], None]
+"""Called with (steps done, steps at most, held-out loss)."""
+
+
+@contextmanager
+def simulation_bar(console: Console) -> Iterator[Callable[[str], OnStep]]:
+    """Yields a function that makes, of a run's label, the callback that `leakaudit.simulating.simulate` takes."""
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.3g}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+
+        def begin(label: str) -> OnStep:
+            for before in bar.task_ids:
+                bar.update(before, visible=False)
+            task = bar.add_task(label, total=None, loss=float("nan"))
+
+            def report(step: int, steps: int, loss: float) -> None:
+                bar.update(task, completed=step, total=steps, loss=loss)
+
+            return report
+
+        yield begin
+
+
 @contextmanager
 def sweep_bar(console: Console) -> Iterator[OnSweep]:
     """Yields the callback that `leakaudit.sweep.run.run_sweep` takes."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -45,6 +46,11 @@ def format_spec(name: str, value: Any, preset: Any) -> str:
         if field.init and getattr(value, field.name) != getattr(preset, field.name)
     ]
     return name + (":" + ",".join(changed) if changed else "")
+
+
+def described(preset: object) -> str:
+    """The first paragraph of what the preset's class says of itself, as one line."""
+    return " ".join(inspect.cleandoc(type(preset).__doc__ or "").partition("\n\n")[0].split())
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

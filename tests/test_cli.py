@@ -123,6 +123,7 @@ def test_usage_errors_have_code_2(run: Runner) -> None:
         ("attacks", "idlg"),
         ("defenses", "top-k"),
         ("protocols", "fedavg"),
+        ("systems", "ssgd"),
         ("models", "resnet20"),
         ("metrics", "lpips"),
     ],
@@ -138,7 +139,7 @@ def test_list_of_something_else(run: Runner) -> None:
     assert (done.code, done.out) == (2, "")
     assert (
         done.err
-        == "leakaudit: cannot list 'atacks'; accepted: attacks, defenses, protocols, models, metrics\n"
+        == "leakaudit: cannot list 'atacks'; accepted: attacks, defenses, protocols, systems, models, metrics\n"
     )
 
 

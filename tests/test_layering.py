@@ -11,11 +11,24 @@ from pathlib import Path
 import pytest
 
 import leakaudit
+from leakaudit.federated.options import SYSTEMS
 
 PACKAGE = Path(leakaudit.__file__).parent
 
 LAYERS = (
-    ("errors", "atomic", "spec", "results", "sweep_results", "leakage_results", "randomness", "plugins"),
+    (
+        "errors",
+        "atomic",
+        "spec",
+        "units",
+        "results",
+        "sweep_results",
+        "leakage_results",
+        "simulation_results",
+        "scenario",
+        "randomness",
+        "plugins",
+    ),
     ("update",),
     ("models", "formats"),
     ("rounds",),
@@ -101,8 +114,19 @@ def test_defenses_never_see_attacks() -> None:
 
 def test_reports_never_import_torch() -> None:
     heavy = {"torch", "torchvision", "torchmetrics", "lpips", "transformers"}
-    light = ("report", "results", "sweep_results", "leakage_results", "errors", "atomic", "spec", "policy",
-             "judgement", "gate")  # fmt: skip
+    light = (
+        "report",
+        "results",
+        "sweep_results",
+        "leakage_results",
+        "simulation_results",
+        "errors",
+        "atomic",
+        "spec",
+        "policy",
+        "judgement",
+        "gate",
+    )
     for path in of(*light):
         assert not {name.split(".")[0] for name in imports(path)} & heavy, path
         assert own(imports(path)) <= {
@@ -110,6 +134,7 @@ def test_reports_never_import_torch() -> None:
             "results",
             "sweep_results",
             "leakage_results",
+            "simulation_results",
             "errors",
             "atomic",
             "spec",
@@ -131,7 +156,18 @@ def test_truth_enters_where_it_may() -> None:
     assert users <= {"auditing", "media", "api", "listing", *scores}
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["attack", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["attack", "--help"],
+        ["--version"],
+        ["simulate", "--help"],
+        ["simulate", "compare", "--help"],
+        *(["simulate", name, "--help"] for name in SYSTEMS),
+    ],
+    ids=" ".join,
+)
 def test_help_loads_no_torch(arguments: list[str]) -> None:
     script = (
         "import sys\n"

@@ -60,11 +60,12 @@ class Task:
         BatchNorm's running statistics are estimated anew from up to 512 training examples with these parameters
         (as torch.optim.swa_utils.update_bn does), so no system has to say what becomes of buffers.
         """
-        victim = self._evaluated(params)
+        victim = self.evaluated(params)
         rows = {"all": torch.arange(len(self.test)), **self.groups}
         return {name: _quality(victim, self.test.rows(part)) for name, part in rows.items()}
 
-    def _evaluated(self, params: Params) -> Victim:
+    def evaluated(self, params: Params) -> Victim:
+        """The model with these parameters in eval mode, BatchNorm's statistics estimated as `quality` says."""
         victim = replace(self.victim, params=dict(params))
         if not victim.batch_norms():
             return victim.with_mode("eval")

@@ -7,6 +7,7 @@ simulation with a virtual clock may compute it at any time.  Small models train 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -55,13 +56,19 @@ class Pending:
 class Trainer:
     """Args:
     task: model and data.
-    client: the client's code, with its defense; anything but the plain one is run client by client.
+    client: the client's code, with its defense; anything but the plain one is run client by client.  A sequence
+        gives every client of the task its own, which may keep something from round to round.
     together: most clients at once, >= 1; fewer than WORTHWHILE never use vmap.
     """
 
-    def __init__(self, task: Task, client: ClientUpdate = client_update, together: int = 16) -> None:
+    def __init__(
+        self, task: Task, client: ClientUpdate | Sequence[ClientUpdate] = client_update, together: int = 16
+    ) -> None:
         self._task, self._client, self._together = task, client, together
         self._waiting: dict[int, Pending] = {}
+        self._owners = (
+            {int(row): c.index for c in task.clients for row in c.rows} if not callable(client) else {}
+        )
 
     def submit(self, base: Params, round: Round, rows: Tensor) -> Pending:
         """The update that `client` makes of these rows from `base`, to be computed later."""
@@ -85,12 +92,18 @@ class Trainer:
             pending._update = update
             self.forget(pending)
 
+    def _code(self, pending: Pending) -> ClientUpdate:
+        if callable(self._client):
+            return self._client
+        return self._client[self._owners[int(pending.rows[0])]]
+
     def _updates(self, group: list[Pending]) -> list[Update]:
         victim = self._task.victim
         batches = [self._task.train.rows(pending.rows) for pending in group]
         if len(group) == 1:
             (pending,), (batch,) = group, batches
-            return [self._client(victim, pending.base, pending.round, batch.x, batch.y).detach()]
+            code = self._code(pending)
+            return [code(victim, pending.base, pending.round, batch.x, batch.y).detach()]
         round = group[0].round
         shared = all(pending.base is group[0].base for pending in group)
         base = (
@@ -100,7 +113,7 @@ class Trainer:
         )
 
         def one(params: dict[str, Tensor], x: Tensor, y: Tensor) -> dict[str, Tensor]:
-            return dict(self._client(victim, params, round, x, y))
+            return dict(client_update(victim, params, round, x, y))
 
         together = vmap(one, in_dims=(None if shared else 0, 0, 0))(
             base, torch.stack([batch.x for batch in batches]), torch.stack([batch.y for batch in batches])

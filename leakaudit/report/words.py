@@ -84,6 +84,24 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
+def size(count: float) -> str:
+    """Bytes in powers of 1000: 512 B, 1.2 MB, 3.4 TB."""
+    scaled, unit = size_unit(count)
+    return f"{number(count / scaled)}{NARROW_SPACE}{unit}"
+
+
+def size_unit(count: float) -> tuple[float, str]:
+    """The unit that `count` bytes are best told in: its bytes, and its name."""
+    units = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+    return next(((scaled, name) for scaled, name in units if count >= scaled), (1.0, "B"))
+
+
+def time_unit(seconds: float) -> tuple[float, str]:
+    """The unit that so many seconds are best told in: its seconds, and its name."""
+    units = ((172800.0, 86400.0, "days"), (7200.0, 3600.0, "hours"), (120.0, 60.0, "minutes"))
+    return next(((unit, name) for least, unit, name in units if seconds >= least), (1.0, "seconds"))
+
+
 def percent(share: float) -> str:
     return f"{100 * share:.0f}{NARROW_SPACE}%" if math.isfinite(share) else number(share)
 
