@@ -20,7 +20,6 @@ flwr 1.41 (message-based and legacy applications).
 
 from __future__ import annotations
 
-import copy
 import io
 import logging
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
@@ -140,8 +139,9 @@ def record_strategy(
             f"{type(strategy).__name__} is no Flower strategy; accepted: one with configure_train and"
             " aggregate_train, or with configure_fit and aggregate_fit"
         )
-    recording = copy.copy(strategy)
-    recording.__class__ = type(f"Recording{type(strategy).__name__}", (mixin, type(strategy)), {})
+    kind = type(f"Recording{type(strategy).__name__}", (mixin, type(strategy)), {})
+    recording: Any = kind.__new__(kind)
+    recording.__dict__.update(vars(strategy))
     recording._leakaudit = recorder
     recording._leakaudit_sent = {}
     return recording
