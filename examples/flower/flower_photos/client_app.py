@@ -22,7 +22,9 @@ FOLDER = os.environ.get("LEAKAUDIT_FOLDER", "/tmp/flower-photos")
 
 app = ClientApp(
     mods=[
-        record_mod(FOLDER, model=net(), facts=FACTS),  # the one line: first, so it sees what leaves the client
+        record_mod(
+            FOLDER, model=net(), facts=FACTS
+        ),  # the one line: first, so it sees what leaves the client
     ]
 )
 

@@ -18,7 +18,9 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     strategy = FedAvg(fraction_evaluate=1.0)
-    strategy = record_strategy(strategy, os.path.join(FOLDER, "server"), model=net(), facts=FACTS)  # the one line
+    strategy = record_strategy(
+        strategy, os.path.join(FOLDER, "server"), model=net(), facts=FACTS
+    )  # the one line
     strategy.start(
         grid=grid,
         initial_arrays=ArrayRecord(fresh_net().state_dict()),
