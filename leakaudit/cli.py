@@ -228,15 +228,13 @@ def inspect(
 ) -> None:
     """Say in seconds what the file gives away by itself."""
     from leakaudit.report.terminal import print_findings
-    from leakaudit.subject import Sources, open_update
+    from leakaudit.subject import Sources, look
 
     manifest = _manifest(
         kind, sign, learning_rate, local_steps, batch_size, examples, mode, loss, reduction,
         normalisation, input_shape, num_classes, task, lora, noise_std,
     )  # fmt: skip
-    sources = Sources(update, model, checkpoint, before, manifest, device="cpu")
-    opened = open_update(sources, seed)
-    findings = [*opened.inspection.findings, *opened.findings]
+    findings = look(Sources(update, model, checkpoint, before, manifest, device="cpu"), seed)
     if json_output:
         import json
 

@@ -18,11 +18,13 @@ from leakaudit.errors import InputError
 from leakaudit.formats.checkpoint import load_checkpoint, parameters_sha256
 from leakaudit.formats.loading import SharedUpdate, check_checkpoint, load_update
 from leakaudit.formats.manifest import Manifest
+from leakaudit.formats.masked import masked, refuse_masked
 from leakaudit.formats.phrases import counted, first_line
 from leakaudit.formats.reading import read_file
 from leakaudit.formats.run_models import model_beside
 from leakaudit.inspection import Inspection
 from leakaudit.media import medium_of
+from leakaudit.messages import message_findings
 from leakaudit.models.victim import Victim
 from leakaudit.models.zoo import LANGUAGE, MODEL_PLUGINS, MODELS, load_victim, pixels
 from leakaudit.randomness import fork
@@ -167,7 +169,9 @@ def open_update(sources: Sources, seed: int = 0) -> Opened:
     An adversary who is told of defenses adapts to those we know.
     Raises `InputError` for anything that does not fit together.
     """
-    manifest = read_file(sources.update).manifest.merged(sources.manifest)
+    raw = read_file(sources.update)
+    manifest = raw.manifest.merged(sources.manifest)
+    refuse_masked(replace(raw, manifest=manifest))
     sources, beside = _with_model_beside(sources, manifest)
     victim = open_victim(sources, manifest)
     shared = load_update(sources.update, victim, before=sources.before, overrides=sources.manifest)
@@ -179,8 +183,21 @@ def open_update(sources: Sources, seed: int = 0) -> Opened:
     view, started = _from_bases(view, sources, manifest)
     remarks = medium_of(victim).remarks(victim, manifest)
     seen = (*beside, *_seen(manifest), *started)
-    findings = (*_findings(shared, inspection), *seen, *unknown, *remarks)
+    findings = (*_findings(shared, inspection), *seen, *unknown, *remarks, *message_findings(manifest))
     return Opened(shared, view, inspection, _hashes(sources, shared), findings)
+
+
+def look(sources: Sources, seed: int = 0) -> list[Finding]:
+    """All that a file gives away without an attack; a masked one needs no model for that, and is not opened.
+
+    Raises `InputError` as `open_update` does.
+    """
+    raw = read_file(sources.update)
+    hidden = masked(replace(raw, manifest=raw.manifest.merged(sources.manifest)))
+    if hidden is not None:
+        return message_findings(raw.manifest.merged(sources.manifest), hidden)
+    opened = open_update(sources, seed)
+    return [*opened.inspection.findings, *opened.findings]
 
 
 def _with_model_beside(sources: Sources, manifest: Manifest) -> tuple[Sources, tuple[Finding, ...]]:

@@ -21,8 +21,11 @@ _LISTED = 3
 """Differences of each kind that an error spells out."""
 
 
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+def read_state_dict(path: str | Path, module: nn.Module | None = None) -> dict[str, Tensor]:
     """The parameters and buffers in a checkpoint file, by name without wrapper prefixes, on the CPU.
+
+    Tensors without names (a list, or "0", "1", ... as Flower's legacy applications send them) get those of
+    the state dict of `module`, in its order, when there are as many.
 
     Accepts .safetensors, .pt, .pth, .th and .bin; a state dict, or a dictionary that holds
     one under state_dict, model_state_dict, model, net, module and the like (also nested).
@@ -35,11 +38,23 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         raise InputError(f"checkpoint {path} is of no known format; accepted: {', '.join(SUFFIXES)}")
     raw = read_file(path)
     if raw.tensors is None:
-        raise InputError(f"checkpoint {path} holds tensors without names, expected a state dict")
+        return _by_position(raw.ordered or [], module, path)
     if raw.nested_under in UPDATE_KEYS:
         raise InputError(f"checkpoint {path} holds an update ({raw.nested_under!r}), expected a state dict")
     names = strip_prefixes(raw.tensors)
     return {names[name]: tensor for name, tensor in raw.tensors.items()}
+
+
+def _by_position(ordered: Sequence[Tensor | None], module: nn.Module | None, path: Path) -> dict[str, Tensor]:
+    found = [tensor for tensor in ordered if tensor is not None]
+    if module is None:
+        raise InputError(f"checkpoint {path} holds tensors without names, expected a state dict")
+    wanted = module.state_dict()
+    if len(wanted) != len(found):
+        raise InputError(
+            f"checkpoint {path} holds {len(found)} tensors without names, the model's state dict {len(wanted)}"
+        )
+    return dict(zip(wanted, found, strict=True))
 
 
 def load_checkpoint(module: nn.Module, path: str | Path) -> str:
@@ -50,7 +65,7 @@ def load_checkpoint(module: nn.Module, path: str | Path) -> str:
     Raises `InputError`, with the module untouched, that lists missing and unexpected names and
     wrong shapes, or as `read_state_dict` does.
     """
-    state = _with_tied(read_state_dict(path), module)
+    state = _with_tied(read_state_dict(path, module), module)
     differences = compare(state, module)
     if differences:
         raise InputError(f"checkpoint {path} does not fit the model: {'; '.join(differences)}")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from leakaudit.errors import InputError
 from leakaudit.formats.manifest import Manifest
+from leakaudit.formats.masked import refuse_masked
 from leakaudit.formats.phrases import counted, listing
 from leakaudit.formats.reading import RawFile, read_file
 from leakaudit.formats.resolve import Resolved, resolve
@@ -76,16 +77,17 @@ def load_update(
         before: checkpoint before local training, when `path` is the one after it.
         overrides: manifest fields that win over the file's.
 
-    What the file is comes from `manifest.kind`; without it a state dict of weights is
-    recognised by its distance to the victim's, and anything else is read as a gradient whose
-    scale is unknown.  A delta must say its sign, because read the wrong way round every
-    attack on it would fail and look like safety.
+    What the file is comes from `manifest.kind`; weights are subtracted from the victim's.
+    Without a kind a state dict of weights is recognised by its distance to the victim's, and
+    anything else is read as a gradient whose scale is unknown.  A delta must say its sign,
+    because read the wrong way round every attack on it would fail and look like safety.
 
     Raises `InputError` (`AmbiguityError` where several readings fit) with one line saying what
     is wrong.
     """
     raw = read_file(path)
     raw = replace(raw, manifest=raw.manifest.merged(overrides))
+    refuse_masked(raw)
     found = resolve(raw, victim)
     values = _trainable(found, victim, raw)
     reading = _read_meaning(raw, found, values, victim, before)
@@ -145,6 +147,9 @@ def _read_meaning(
         return _from_weights(raw, found, values, _read_before(before, values, victim), notes)
     if kind == "delta":
         return _from_delta(raw, found, values, victim, notes)
+    if kind == "weights":
+        notes = (*notes, f"The file holds weights after training.{_far(found, victim)}")
+        return _from_weights(raw, found, values, _of_victim(victim, values), notes)
     if kind == "gradient":
         return _Reading(values, True, found.buffers, notes, _storage_rounding(raw, found, values))
     if _looks_like_weights(found, victim):

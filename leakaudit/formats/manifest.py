@@ -34,9 +34,38 @@ class Normalisation(BaseModel):
         return self
 
 
+class Carried(BaseModel):
+    """The message of a framework that an update came in, and what it carries beside the update.
+
+    Values are kept as text, so that NaN and any type survive.
+
+    Attributes:
+        software: name and version, such as "flwr 1.41.0".
+        sender: the client as the framework names it, or "aggregate" for what the server made of many.
+        round: the framework's number of it.
+        metrics: what the client states of itself: losses, accuracies, ...
+        config: what the server told the client to do.
+        records: other groups of arrays in the same message, by name; their numbers are not in the file.
+        modulus: the tensors are integers modulo this, masked by secure aggregation.
+        checkpoint: name of the file beside this one that holds the model the client received.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    software: str | None = None
+    sender: str | None = None
+    round: Annotated[int, Field(ge=0)] | None = None
+    metrics: dict[str, str] = Field(default_factory=dict)
+    config: dict[str, str] = Field(default_factory=dict)
+    records: tuple[str, ...] = ()
+    modulus: Annotated[int, Field(ge=2, le=2**64)] | None = None
+    checkpoint: str | None = None
+
+
 class Manifest(BaseModel):
     """Attributes:
-    kind: "gradient" (p.grad, or the mean of it), or "delta" (difference of parameters).
+    kind: "gradient" (p.grad, or the mean of it), "delta" (difference of parameters), or "weights" (parameters
+        after local training; the checkpoint in use is the model before it).
     sign: for a delta, which way it points: "before-minus-after" or "after-minus-before".
     learning_rate: of the local SGD that made a delta.
     local_steps, num_examples, local_batch_size: the round; num_examples is N, of all clients together.
@@ -56,12 +85,13 @@ class Manifest(BaseModel):
     exact: False where the update is not what the round and the defenses say, such as with a residual of older steps.
     note: how whoever saw the update came by it.
     created_by: program and version.
+    message: what a framework's message carried beside the update.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
     format_version: Literal[1] = 1
-    kind: Literal["gradient", "delta"] | None = None
+    kind: Literal["gradient", "delta", "weights"] | None = None
     sign: Literal["before-minus-after", "after-minus-before"] | None = None
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     local_steps: Positive | None = None
@@ -93,6 +123,8 @@ class Manifest(BaseModel):
     exact: bool | None = None
     note: str | None = None
     created_by: str | None = None
+
+    message: Carried | None = None
 
     @model_validator(mode="after")
     def _agree(self) -> Manifest:

@@ -24,13 +24,24 @@ import torch
 from torch import Tensor
 
 from leakaudit.errors import AmbiguityError, InputError
-from leakaudit.formats.manifest import MANIFEST_KEY, Manifest, parse_manifest
+from leakaudit.formats import nvflare
+from leakaudit.formats.manifest import MANIFEST_KEY, Manifest, build_manifest, parse_manifest
 from leakaudit.formats.phrases import first_line, limit, listing, quoted
 
 TORCH_SUFFIXES = (".pt", ".pth", ".th", ".bin")
 SUFFIXES = (".safetensors", ".npz", *TORCH_SUFFIXES)
 UPDATE_KEYS = ("gradients", "gradient", "grads", "grad", "delta", "update")
-STATE_KEYS = ("state_dict", "model_state_dict", "model", "net", "module", "params", "parameters", "weights")
+STATE_KEYS = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "net",
+    "module",
+    "params",
+    "parameters",
+    "weights",
+    "model_weights",
+)
 
 _LARGEST = 1 << 30
 """Bytes that any file may unpack to; more only in proportion to its size."""
@@ -84,12 +95,16 @@ def read_file(path: str | Path) -> RawFile:
     """
     path = Path(path)
     parse = _PARSERS.get(path.suffix.lower())
+    if path.suffix.lower() == nvflare.SUFFIX:
+        nvflare.refuse_fobs(path)
     if parse is None:
         raise InputError(f"{path} is of no known format; accepted: {', '.join(SUFFIXES)}")
     data = _read_bytes(path)
     found, metadata = parse(data, path)
-    manifest = _find_manifest(metadata, path)
-    content = _unwrap(found, path)
+    dump = nvflare.recognise(found, path)
+    stated = Manifest() if dump is None else build_manifest(dump.fields)
+    manifest = stated.merged(_find_manifest(metadata, path))
+    content = _unwrap(found, path) if dump is None else _of_dump(dump)
     tensors, ordered = _name_or_order(content.value, path)
     entries = {entry_label(i): t for i, t in enumerate(ordered)} if tensors is None else tensors
     _refuse_bombs(entries, len(data), path)
@@ -181,11 +196,18 @@ def _from_numpy(array: object, name: str, path: Path) -> Tensor:
 
 def _parse_torch(data: bytes, path: Path) -> tuple[object, dict[str, str]]:
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals(nvflare.STAND_INS):
             warnings.simplefilter("ignore")
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True), {}
     except Exception as error:  # a stranger's bytes: the parser may fail in any way
+        if nvflare.FOBS_MARK in data[:4096]:
+            nvflare.refuse_fobs(path)
         code = re.search(r"GLOBAL\s+([\w.]+\.\w+)", str(error))
+        if code and code[1].startswith("numpy."):
+            raise InputError(
+                f"{path} holds NumPy arrays, which torch.save keeps as objects ({limit(code[1])}) that are never"
+                " loaded; accepted: numpy.savez('update.npz', **arrays), or torch.as_tensor(array) for each"
+            ) from error
         if code:
             raise InputError(
                 f"{path} holds code or objects ({limit(code[1])}), which are never loaded; accepted: tensors"
@@ -211,6 +233,10 @@ class _Content:
     value: object
     key: str | None = None
     notes: tuple[str, ...] = ()
+
+
+def _of_dump(dump: nvflare.Dump) -> _Content:
+    return _Content(dump.params, "delta" if dump.differs else "params", dump.notes)
 
 
 def _unwrap(found: object, path: Path, depth: int = 0) -> _Content:

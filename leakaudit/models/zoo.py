@@ -463,7 +463,9 @@ def load_victim(
         raise InputError(f"task and lora are of language models; {spec} takes images")
     source = resolve(spec)
     if checkpoint is not None:
-        num_classes, input_shape = infer_shapes(source, read_state_dict(checkpoint), num_classes, input_shape)
+        skeleton = source.skeleton(num_classes, input_shape or source.info.input_shape)  # for its names
+        state = read_state_dict(checkpoint, skeleton)
+        num_classes, input_shape = infer_shapes(source, state, num_classes, input_shape)
     shape = input_shape or source.info.input_shape
     module = _build(source, num_classes, shape, seed)
     if checkpoint is not None:

@@ -1,0 +1,1 @@
+"""A small Flower app whose updates are recorded and audited with leakaudit."""

@@ -1,0 +1,1 @@
+"""Other software: Flower, and what is publicly known about it."""
