@@ -67,23 +67,25 @@ class LikelihoodRatio:
 
     def scores(self, view: View, evidence: Evidence, generator: torch.Generator) -> Tensor:
         found = responses(view, evidence, self.numbers)
-        base = torch.cat([found.reference, found.candidates]) if self.joint else found.reference
-        mean = base.mean(0)
         share, count = weight(view), view.round.num_examples
+        facts = (self, tuple(view.observed), tuple(view.spread.items()), view.round)
+        mean, matched = evidence.remembered(
+            "filter", view, facts, lambda: self._filter(found, share * count**0.5, found.noise(view))
+        )
         expected = self._expected(view, evidence, found, share * count * mean, generator)
         update = found.observed(view)
         if view.scale_free:
             update = update * (expected @ expected / (expected @ update).clamp_min(1e-300))
-        inner, squares = filtered(
-            found.candidates - mean,
-            update - expected,
-            (base - mean) * (share * count**0.5),
-            found.noise(view),
-            self.shrink,
-        )
+        inner = matched.inner(update - expected)
         if view.scale_free:
-            return inner / squares.clamp_min(1e-300).sqrt()
-        return share * inner - share**2 / 2 * squares
+            return inner / matched.squares.clamp_min(1e-300).sqrt()
+        return share * inner - share**2 / 2 * matched.squares
+
+    def _filter(self, found: Responses, size: float, noise: Tensor) -> tuple[Tensor, MatchedFilter]:
+        """The mean response (D,), and the filter for every candidate; `size` is w sqrt(N)."""
+        base = torch.cat([found.reference, found.candidates]) if self.joint else found.reference
+        mean = base.mean(0)
+        return mean, MatchedFilter.of(found.candidates - mean, (base - mean) * size, noise, self.shrink)
 
     def _expected(
         self,
@@ -100,30 +102,37 @@ class LikelihoodRatio:
         return torch.stack([update.flat()[found.places].double() for update in updates]).mean(0)
 
 
-def filtered(
-    signals: Tensor, update: Tensor, base: Tensor, noise: Tensor, shrink: float
-) -> tuple[Tensor, Tensor]:
-    """s' C^-1 u and s' C^-1 s for every row s of `signals`.
+@dataclass(frozen=True)
+class MatchedFilter:
+    """s' C^-1 u of every signal s, for any update u.
 
-    C = (1 - shrink) B'B/n + shrink diag(B'B/n) + diag(noise^2), inverted by Woodbury's identity in n dimensions.
-
-    Args:
-        signals: (M, D); update: (D,); noise: (D,) standard deviations; all float64.
-        base: (n, D), B, rows of mean zero.
-
-    Returns (M,) and (M,).
+    Attributes:
+        signals: (M, D): C^-1 s, one a row.
+        squares: (M,): s' C^-1 s.
     """
-    count = len(base)
-    variance = base.square().mean(0)
-    mean = variance.mean()
-    diagonal = shrink * (variance + FLOOR * mean) + noise.square() + (EXACT * update.abs().max()).square()
-    whiten = diagonal.rsqrt()
-    rows = base * (whiten * ((1 - shrink) / count) ** 0.5)
-    signals, update = signals * whiten, update * whiten
-    inner = torch.eye(count, dtype=rows.dtype, device=rows.device) + rows @ rows.T
-    factor = torch.linalg.cholesky(inner)
-    along = torch.linalg.solve_triangular(factor, rows @ signals.T, upper=False)
-    beside = torch.linalg.solve_triangular(factor, (rows @ update)[:, None], upper=False)[:, 0]
-    product = signals @ update - along.T @ beside
-    squares = signals.square().sum(1) - along.square().sum(0)
-    return product, squares.clamp_min(0)
+
+    signals: Tensor
+    squares: Tensor
+
+    @classmethod
+    def of(cls, signals: Tensor, base: Tensor, noise: Tensor, shrink: float) -> MatchedFilter:
+        """C = (1 - shrink) B'B/n + shrink diag(B'B/n) + diag(noise^2), inverted by Woodbury's identity.
+
+        Args:
+            signals: (M, D); base: (n, D), B, rows of mean zero; noise: (D,) standard deviations; all float64.
+        """
+        count = len(base)
+        variance = base.square().mean(0)
+        mean = variance.mean()
+        diagonal = shrink * (variance + FLOOR * mean) + noise.square() + EXACT**2 * mean
+        whiten = diagonal.rsqrt()
+        rows = base * (whiten * ((1 - shrink) / count) ** 0.5)
+        white = signals * whiten
+        inner = torch.eye(count, dtype=rows.dtype, device=rows.device) + rows @ rows.T
+        explained = torch.cholesky_solve(rows @ white.T, torch.linalg.cholesky(inner))
+        left = white - explained.T @ rows
+        return cls(left * whiten, (left * white).sum(1).clamp_min(0))
+
+    def inner(self, update: Tensor) -> Tensor:
+        """(M,) for u of (D,)."""
+        return self.signals @ update
