@@ -76,20 +76,21 @@ def _ranked(positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
 
 def _auc(trials: Sequence[Trialled], positive: Tensor, negative: Tensor, generator: torch.Generator) -> Rate:
     value = auc(positive, negative)
-    low, high = _bootstrap(trials, generator)
+    low, high = _bootstrap(trials, value, generator)
     if not low < high:
         exact = _exact(round(value * len(positive)), len(positive))
         low, high = min(value, exact[0]), max(value, exact[1])
     return Rate(name="auc", value=value, low=low, high=high, chance=RATES["auc"])
 
 
-def _bootstrap(trials: Sequence[Trialled], generator: torch.Generator) -> tuple[float, float]:
-    """Percentiles of the AUC over trials drawn with repetition.
+def _bootstrap(trials: Sequence[Trialled], value: float, generator: torch.Generator) -> tuple[float, float]:
+    """Percentiles of the AUC over trials drawn with repetition, moved so that their mean is `value`: trials drawn
+    twice pair their own positives and negatives more often than the sample does.
 
     The AUC of pooled scores is the mean over pairs of trials of the AUC of one's positives against the
     other's negatives, weighted by their numbers, so that no score is sorted twice.
     """
-    wins = torch.stack([torch.stack([_wins(a.positive, b.negative) for b in trials]) for a in trials])
+    wins = torch.stack([_wins(trials, trial.negative) for trial in trials], dim=1)
     positives = torch.tensor([len(trial.positive) for trial in trials], dtype=torch.float64)
     negatives = torch.tensor([len(trial.negative) for trial in trials], dtype=torch.float64)
     drawn = torch.randint(len(trials), (RESAMPLES, len(trials)), generator=generator)
@@ -99,15 +100,19 @@ def _bootstrap(trials: Sequence[Trialled], generator: torch.Generator) -> tuple[
     values = torch.einsum("rs,st,rt->r", counts, wins, counts)[pairs > 0] / pairs[pairs > 0]
     tail = (1 - CONFIDENCE) / 2
     low, high = values.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
-    return low, high
+    shift = value - float(values.mean())
+    return max(0.0, min(value, low + shift)), min(1.0, max(value, high + shift))
 
 
-def _wins(positive: Tensor, negative: Tensor) -> Tensor:
-    """How many pairs the positive wins, ties counting half, ()."""
+def _wins(trials: Sequence[Trialled], negative: Tensor) -> Tensor:
+    """(T,): how many pairs each trial's positives win against these negatives, ties counting half."""
     ordered = negative.double().sort().values
-    below = torch.searchsorted(ordered, positive.double(), right=False)
-    up_to = torch.searchsorted(ordered, positive.double(), right=True)
-    return (below + up_to).double().sum() / 2
+    positive = torch.cat([trial.positive for trial in trials]).double()
+    won = (
+        torch.searchsorted(ordered, positive) + torch.searchsorted(ordered, positive, right=True)
+    ).double() / 2
+    owner = torch.repeat_interleave(torch.tensor([len(trial.positive) for trial in trials]))
+    return torch.zeros(len(trials), dtype=torch.float64).index_add(0, owner, won)
 
 
 def _true_positive_rate(name: str, level: float, positive: Tensor, negative: Tensor) -> Rate:
