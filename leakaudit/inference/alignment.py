@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from leakaudit.attacks.base import require_at_least
-from leakaudit.inference.base import Evidence, Question, enough_reference, simulated
+from leakaudit.inference.base import Evidence, Question, enough_reference, imagined
 from leakaudit.inference.responses import NUMBERS, losses, responses
 from leakaudit.threat import View
 from leakaudit.update import Update
@@ -61,11 +61,11 @@ class Alignment:
                 return inner
             return inner / (found.candidates.norm(dim=1) * update.norm()).clamp_min(1e-300)
 
-        bare = agreement(found.observed(view))
+        bare = agreement(found.at(view.observed))
         if not self.calibration:
             return bare
-        updates = imagined(view, evidence, self.calibration, generator)
-        return standardised(bare, [agreement(update.flat()[found.places].double()) for update in updates])
+        others = imagined(view, evidence, self.calibration, generator)
+        return standardised(bare, [agreement(found.at(other.update)) for other in others])
 
 
 @dataclass(frozen=True)
@@ -110,22 +110,14 @@ class LossDrop:
         bare = drop(view.observed)
         if not self.calibration:
             return bare
-        updates = imagined(view, evidence, self.calibration, generator)
-        return standardised(bare, [drop(update) for update in updates])
+        others = imagined(view, evidence, self.calibration, generator)
+        return standardised(bare, [drop(other.update) for other in others])
 
     def _rate(self, view: View, update: Update) -> float:
         if view.round.local_steps > 1 and not view.scale_free:
             return view.round.learning_rate
         length = Update(view.victim.params).select(update).norm()
         return float(self.step * length / update.norm().clamp_min(torch.finfo(length.dtype).tiny))
-
-
-def imagined(view: View, evidence: Evidence, count: int, generator: torch.Generator) -> list[Update]:
-    """`count` updates of the adversary's own reference records, as the client would share them."""
-    facts = (tuple(view.observed), tuple(view.spread.items()), view.round, count)
-    return evidence.remembered(
-        "updates", view, facts, lambda: simulated(view, evidence.reference, count, generator)
-    )
 
 
 def standardised(bare: Tensor, others: list[Tensor]) -> Tensor:

@@ -87,14 +87,28 @@ class Inference(Protocol):
         """(M,) float64, one a candidate, or (1,) of the batch; larger is more likely yes, of any unit."""
 
 
-def simulated(view: View, reference: Records, count: int, generator: torch.Generator) -> list[Update]:
+@dataclass(frozen=True)
+class Imagined:
+    """An update that the adversary made up: of the reference records at `rows` (N,)."""
+
+    rows: Tensor
+    update: Update
+
+
+def imagined(view: View, evidence: Evidence, count: int, generator: torch.Generator) -> list[Imagined]:
     """`count` updates of batches drawn from the reference records, with noise as the view says there is.
 
-    A batch has as many records as the adversary believes the private one has, or all of the reference.
+    A batch has as many records as the adversary believes the private one has; records repeat where the reference
+    has fewer.
     """
-    return [
-        disturbed(view, view.simulate(*_batch(view, reference, generator)), generator) for _ in range(count)
-    ]
+
+    def one() -> Imagined:
+        rows = draw(len(evidence.reference), view.round.num_examples, generator)
+        batch = evidence.reference.take(rows)
+        return Imagined(rows, disturbed(view, view.simulate(batch.x, batch.y), generator))
+
+    facts = (tuple(view.observed), tuple(view.spread.items()), view.round)
+    return evidence.remembered(f"updates/{count}", view, facts, lambda: [one() for _ in range(count)])
 
 
 def disturbed(view: View, update: Update, generator: torch.Generator) -> Update:
@@ -108,11 +122,6 @@ def disturbed(view: View, update: Update, generator: torch.Generator) -> Update:
         return tensor + std * drawn.to(tensor.device)
 
     return Update({name: noisy(name, tensor) for name, tensor in update.detach().items()})
-
-
-def _batch(view: View, reference: Records, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    chosen = reference.take(draw(len(reference), view.round.num_examples, generator))
-    return chosen.x, chosen.y
 
 
 def draw(population: int, count: int, generator: torch.Generator) -> Tensor:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from leakaudit.attacks.base import require_at_least
-from leakaudit.inference.alignment import imagined
-from leakaudit.inference.base import Evidence, Question, enough_reference
+from leakaudit.inference.base import Evidence, Question, enough_reference, imagined
 from leakaudit.inference.responses import NUMBERS, Responses, responses, weight
 from leakaudit.threat import View
 
@@ -18,6 +17,8 @@ FLOOR = 1e-3
 """Least variance of one number, as a share of the mean over all: numbers that hardly answer are not trusted."""
 EXACT = 1e-7
 """Relative error that any update has, from single precision."""
+NORMAL_MEDIAN = 0.6745
+"""Median size of a standard normal number."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,11 @@ class LikelihoodRatio:
         in:   u ~ N(w (g + (N - 1) m), C)        out:  u ~ N(w N m, C)        C = w^2 N S + D
         score = w (g - m)' C^-1 (u - w N m) - w^2/2 (g - m)' C^-1 (g - m)
 
-    so what the other records of the batch explain is removed before the record is looked for.  Where the
-    length of the update says nothing, the standardised (g - m)' C^-1 u / |C^-1/2 (g - m)| is the score.
+    so what the other records of the batch explain is removed before the record is looked for.  What several
+    local steps add by their curvature is taken for noise, of the size it has in `calibration` updates that the
+    adversary simulates.  When the candidates' standardised scores are wider than they should be (their median
+    size tells, most candidates being non-members), C is too small by that factor and the score is divided by it.
+    Where the length of the update says nothing, the standardised (g - m)' C^-1 u / |C^-1/2 (g - m)| is the score.
     S is the empirical covariance of the adversary's records, shrunk by the share `shrink` towards its own
     diagonal (Schaefer and Strimmer 2005, target D; fixed instead of estimated, because an update is
     explained best where little is shrunk), and inverted in the records' span.
@@ -44,7 +48,7 @@ class LikelihoodRatio:
             are regressed on it together.  They are known to the adversary; which are members is not used.
         shrink: in (0, 1].
         numbers: of the update that are looked at, at most; >= 1.
-        calibration: simulated updates whose mean is expected, for several local steps; >= 2.
+        calibration: simulated updates, for several local steps; >= 2.
     """
 
     joint: bool = True
@@ -67,39 +71,37 @@ class LikelihoodRatio:
 
     def scores(self, view: View, evidence: Evidence, generator: torch.Generator) -> Tensor:
         found = responses(view, evidence, self.numbers)
-        share, count = weight(view), view.round.num_examples
-        facts = (self, tuple(view.observed), tuple(view.spread.items()), view.round)
-        mean, matched = evidence.remembered(
-            "filter", view, facts, lambda: self._filter(found, share * count**0.5, found.noise(view))
+        share = weight(view)
+        facts = (tuple(view.observed), tuple(view.spread.items()), view.round)
+        expected, matched = evidence.remembered(
+            f"filter/{self}", view, facts, lambda: self._filter(view, evidence, found, generator)
         )
-        expected = self._expected(view, evidence, found, share * count * mean, generator)
-        update = found.observed(view)
+        update = found.at(view.observed)
         if view.scale_free:
             update = update * (expected @ expected / (expected @ update).clamp_min(1e-300))
         inner = matched.inner(update - expected)
+        standard = inner / matched.squares.clamp_min(1e-300).sqrt()
         if view.scale_free:
-            return inner / matched.squares.clamp_min(1e-300).sqrt()
-        return share * inner - share**2 / 2 * matched.squares
+            return standard
+        excess = max(1.0, float(standard.abs().median()) / NORMAL_MEDIAN) ** 2
+        return (share * inner - share**2 / 2 * matched.squares) / excess
 
-    def _filter(self, found: Responses, size: float, noise: Tensor) -> tuple[Tensor, MatchedFilter]:
-        """The mean response (D,), and the filter for every candidate; `size` is w sqrt(N)."""
+    def _filter(
+        self, view: View, evidence: Evidence, found: Responses, generator: torch.Generator
+    ) -> tuple[Tensor, MatchedFilter]:
+        """The update of unrelated records (D,), and the filter for every candidate."""
         base = torch.cat([found.reference, found.candidates]) if self.joint else found.reference
-        mean = base.mean(0)
-        return mean, MatchedFilter.of(found.candidates - mean, (base - mean) * size, noise, self.shrink)
-
-    def _expected(
-        self,
-        view: View,
-        evidence: Evidence,
-        found: Responses,
-        first_order: Tensor,
-        generator: torch.Generator,
-    ) -> Tensor:
-        """The update of unrelated records; of several local steps, which curve, the mean of simulated ones."""
-        if view.round.local_steps == 1:
-            return first_order
-        updates = imagined(view, evidence, self.calibration, generator)
-        return torch.stack([update.flat()[found.places].double() for update in updates]).mean(0)
+        mean, share, count = base.mean(0), weight(view), view.round.num_examples
+        expected, noise = share * count * mean, found.noise(view)
+        if view.round.local_steps > 1:
+            others = imagined(view, evidence, self.calibration, generator)
+            curved = torch.stack(
+                [found.at(other.update) - share * found.reference[other.rows].sum(0) for other in others]
+            )
+            expected = expected + curved.mean(0)
+            noise = curved.std(0)  # which holds the noise of the defense as well
+        signals, rows = found.candidates - mean, (base - mean) * (share * count**0.5)
+        return expected, MatchedFilter.of(signals, rows, noise, self.shrink)
 
 
 @dataclass(frozen=True)

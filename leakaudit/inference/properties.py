@@ -59,7 +59,7 @@ class PropertyClassifier:
         flags = evidence.has_property
         assert flags is not None  # `applies`
         labels = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(self.updates)
-        facts = (self, tuple(view.observed), tuple(view.spread.items()), view.round)
+        facts = (tuple(view.observed), tuple(view.spread.items()), view.round)
         places, updates = evidence.remembered(
             "examples",
             view,

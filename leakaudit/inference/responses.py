@@ -18,6 +18,7 @@ from leakaudit.models.spaces import NO_TOKEN, Pixels
 from leakaudit.models.victim import Victim, cross_entropy_sum
 from leakaudit.rounds import Round
 from leakaudit.threat import View
+from leakaudit.update import Update
 
 CHUNK = 32
 """Records of one vectorised pass."""
@@ -38,9 +39,9 @@ class Responses:
     reference: Tensor
     places: Tensor
 
-    def observed(self, view: View) -> Tensor:
-        """(D,) float64: the observed update there."""
-        return view.observed.flat()[self.places].double()
+    def at(self, update: Update) -> Tensor:
+        """(D,) float64: what an update like the observed one holds there."""
+        return update.flat()[self.places].double()
 
     def noise(self, view: View) -> Tensor:
         """(D,) float64: standard deviation of what was added there, as far as the adversary knows."""

@@ -74,7 +74,7 @@ def test_an_update_is_the_weighted_sum_of_its_records_responses(reduction: str) 
     view = seen(victim, Round(4))
     found = responses(view, evidence_of(victim), NUMBERS)
     total = weight(view) * found.candidates[:4].sum(0)
-    assert torch.allclose(total, found.observed(view), atol=1e-6 * float(total.abs().max()))
+    assert torch.allclose(total, found.at(view.observed), atol=1e-6 * float(total.abs().max()))
 
 
 def test_clipped_examples_answer_with_their_clipped_gradients() -> None:
@@ -83,7 +83,7 @@ def test_clipped_examples_answer_with_their_clipped_gradients() -> None:
     found = responses(view, evidence_of(victim), NUMBERS)
     assert float(found.candidates.norm(dim=1).max()) <= 0.0501
     total = weight(view) * found.candidates[:4].sum(0)
-    assert torch.allclose(total, found.observed(view), atol=1e-5 * float(total.abs().max()))
+    assert torch.allclose(total, found.at(view.observed), atol=1e-5 * float(total.abs().max()))
 
 
 def test_only_what_a_mask_kept_is_looked_at() -> None:
@@ -142,7 +142,7 @@ def test_the_score_is_the_log_likelihood_ratio() -> None:
     covariance = dense(
         torch.tensor((own - mean) * share * np.sqrt(3)), torch.full((own.shape[1],), 0.01).double(), 0.2
     )
-    observed = found.observed(view).numpy()
+    observed = found.at(view.observed).numpy()
     outside = multivariate_normal(mean, covariance)
     for row, score in zip(found.candidates.numpy(), scores.tolist(), strict=True):
         inside = multivariate_normal(mean + share * (row - mean), covariance)
