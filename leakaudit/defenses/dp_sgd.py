@@ -8,6 +8,7 @@ adds noise and divides by the batch size asked for (`DPOptimizer`).
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import warnings
 from collections.abc import Iterator
@@ -338,6 +339,7 @@ def _batches(options: DPSGD, round: Round, generator: torch.Generator) -> Iterat
 # ------------------------------------------------------------------ the adversary's simulation
 
 
+@functools.cache
 def clipping_client(max_grad_norm: float) -> ClientUpdate:
     """The noiseless client with clipped examples, differentiable in x and floating point y, and usable under
     `torch.func` transforms; without noise it gives what Opacus does.
