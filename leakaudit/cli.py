@@ -13,6 +13,8 @@ from rich.console import Console
 
 from leakaudit import __version__
 from leakaudit.errors import EXIT_INCONCLUSIVE, InputError, LeakauditError
+from leakaudit.inference_cli import infer
+from leakaudit.leakage_cli import leakage
 from leakaudit.progress import progress_bar, sweep_bar
 from leakaudit.simulate_cli import simulate_app
 from leakaudit.units import parse_numbers, parse_shape
@@ -90,9 +92,6 @@ def _version(value: bool) -> None:
     if value:
         typer.echo(f"leakaudit {__version__}")
         raise typer.Exit
-
-
-app.add_typer(simulate_app)
 
 
 @app.callback()
@@ -617,6 +616,11 @@ def _refuse_existing(force: bool, *paths: Path | None) -> None:
     for path in paths:
         if path is not None and path.exists() and not force:
             raise InputError(f"{path} exists; pass --force to overwrite it, or choose another name")
+
+
+app.command()(infer)
+simulate_app.command()(leakage)
+app.add_typer(simulate_app)
 
 
 def main() -> None:

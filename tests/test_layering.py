@@ -164,6 +164,8 @@ def test_truth_enters_where_it_may() -> None:
         ["--version"],
         ["simulate", "--help"],
         ["simulate", "compare", "--help"],
+        ["simulate", "leakage", "--help"],
+        ["infer", "--help"],
         *(["simulate", name, "--help"] for name in SYSTEMS),
     ],
     ids=" ".join,
