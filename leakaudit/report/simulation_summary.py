@@ -54,7 +54,8 @@ def comparison_headline(found: Comparison) -> str:
 def _fastest(found: Comparison) -> str:
     arrived = sorted((s for s in found.systems if s.reached == len(found.seeds)), key=lambda s: s.time.mean)
     if not arrived:
-        return f"No system reached the {target_text(found.limits)} with every seed"
+        every = " with every seed" if len(found.seeds) > 1 else ""
+        return f"No system reached the {target_text(found.limits)}{every}"
     first, *others = arrived
     text = (
         f"{first.spec} is first at the {target_text(found.limits)}, after {words.duration(first.time.mean)}"
