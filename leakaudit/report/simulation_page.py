@@ -82,7 +82,6 @@ def render_comparison(found: Comparison) -> str:
         population=_population(found.first.population),
         scenario=_scenario(found.scenario),
         groups=[group for group in found.first.groups if all(group in s.accuracy for s in found.systems)],
-        counters=list(dict.fromkeys(name for system in found.systems for name in system.counters)),
         quality=_quality_of(found),
         yard=yard_of(found.first),
         texts=simulation_summary,

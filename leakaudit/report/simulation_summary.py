@@ -54,7 +54,8 @@ def comparison_headline(found: Comparison) -> str:
 def _fastest(found: Comparison) -> str:
     arrived = sorted((s for s in found.systems if s.reached == len(found.seeds)), key=lambda s: s.time.mean)
     if not arrived:
-        return f"No system reached the {target_text(found.limits)} with every seed"
+        every = " with every seed" if len(found.seeds) > 1 else ""
+        return f"No system reached the {target_text(found.limits)}{every}"
     first, *others = arrived
     text = (
         f"{first.spec} is first at the {target_text(found.limits)}, after {words.duration(first.time.mean)}"
@@ -66,12 +67,14 @@ def _fastest(found: Comparison) -> str:
 
 def _doubt(best: Estimate, others: list[Estimate]) -> str:
     """A word where the interval of the best meets that of another."""
-    met = any(
-        None not in (best.low, best.high, other.low, other.high)
-        and max(best.low, other.low) <= min(best.high, other.high)  # type: ignore[type-var]
-        for other in others
-    )
-    return " (the intervals of the seeds overlap)" if met else ""
+    return " (the intervals of the seeds overlap)" if any(_meet(best, other) for other in others) else ""
+
+
+def _meet(one: Estimate, other: Estimate) -> bool:
+    """Whether two intervals have a number in common; False where one of them is not known."""
+    if one.low is None or one.high is None or other.low is None or other.high is None:
+        return False
+    return max(one.low, other.low) <= min(one.high, other.high)
 
 
 def time_text(system: ComparedSystem, seeds: int) -> str:

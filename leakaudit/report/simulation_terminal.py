@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -35,7 +35,7 @@ def print_simulation(result: SimulationResult, console: Console, folder: Path) -
         ("updates", f"{last.updates:,} of {words.plural(result.population.clients, 'client')}"),
         ("sent", f"{words.size(last.uploaded)} by clients, {words.size(last.downloaded)} to them"),
         *((_group(name), _quality(result, name)) for name in result.groups),
-        *((name, f"{count:,}") for name, count in result.counters.items()),
+        *([("counters", _counters(result.counters))] if result.counters else []),
         ("views", _views(result)),
         ("wall time", words.duration(result.seconds)),
     ]
@@ -55,6 +55,10 @@ def _quality(result: SimulationResult, group: str) -> str:
     return f"accuracy {words.percent(quality.accuracy)}, perplexity {words.number(quality.perplexity)}"
 
 
+def _counters(counters: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {words.number(count)}" for name, count in counters.items())
+
+
 def _views(result: SimulationResult) -> str:
     roles = dict.fromkeys(view.role for view in result.views)
     counts = [f"{sum(view.role == role for view in result.views)} of the {role}" for role in roles]
@@ -65,24 +69,19 @@ def print_comparison(found: Comparison, console: Console, folder: Path) -> None:
     """What all systems cost and came to, then groups and counters, and where the page is."""
     seeds, yard = len(found.seeds), yard_of(found.first)
     groups = [group for group in found.first.groups if all(group in s.accuracy for s in found.systems)]
-    counters = list(dict.fromkeys(name for system in found.systems for name in system.counters))
     quality = f"{yard.name} {yard.unit}".strip()
     console.print(plain(comparison_headline(found), "bold"), soft_wrap=True)
     time = "time to target" if found.limits.has_target else "time"
     headings = ["system", time, "steps", "updates", "sent", quality]
     console.print(_table(headings, [_costs(found, system) for system in found.systems]))
-    if len(groups) > 1 or counters:
-        headings = ["system", *(f"{quality}, {group}" for group in groups[1:]), *counters]
-        rows = [
-            [
-                system.spec,
-                *(_estimate(found, system, group) for group in groups[1:]),
-                *(words.number(system.counters.get(name, 0)) for name in counters),
-            ]
-            for system in found.systems
-        ]
+    if len(groups) > 1:
+        headings = ["system", *(f"{quality}, {group}" for group in groups[1:])]
+        rows = [[s.spec, *(_estimate(found, s, group) for group in groups[1:])] for s in found.systems]
         console.print()
         console.print(_table(headings, rows))
+    for system in found.systems:
+        if system.counters:
+            console.print(plain(f"{system.spec}: {_counters(system.counters)}", "dim"), soft_wrap=True)
     if seeds > 1:
         console.print(plain(f"± is half of the 95 % interval of the mean of {seeds} seeds.", "dim"))
     console.print(plain(f"Report: {folder / 'report.html'}"), soft_wrap=True)
