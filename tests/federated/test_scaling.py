@@ -84,7 +84,7 @@ def test_the_formula_is_the_virtual_time_of_the_systems(options: SystemOptions, 
     parameters = dense_bytes(world.victim.params) // 4
     delay, period = getattr(options, "delay", 0), getattr(options, "period", 1)
     cluster = Cluster(parameters, 3, device, getattr(options, "topology", "server"))
-    run = simulation(world, steps=120, every=120)
+    run = simulation(world, steps=84, every=84)
     run.seen.wants = lambda step: False
     times = []
     run.on_step = lambda *_: times.append(run.env.now)
