@@ -5,7 +5,8 @@
 
 (a) Held-out accuracy of the same number of steps, with --data TRAIN TEST: mean over the seeds and its 95 % interval
     (Student's t), and the mean paired difference to the first system, in percentage points.  Equal seeds mean
-    equal starts, shares of the data and batches.  A run's accuracy is the mean of its last three measurements.
+    equal starts, shares of the data and batches.  A run's accuracy is the mean of its last two measurements, after
+    five sixths of the steps and after all.  The table is printed and saved after every seed.
 (b) Scaling, speed-up over one worker divided by the workers, from the cost model alone (no training).
 (c) Seconds a step of ResNet-50 at 300 ms a step, against the seconds that an exchange takes.
 """
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import Template
 from scipy.stats import t as student
 
 from leakaudit.atomic import write_atomically
@@ -39,6 +41,8 @@ from leakaudit.federated.trainer import Trainer
 from leakaudit.federated.training import Examples
 from leakaudit.media import medium_of
 from leakaudit.models.zoo import NORMALISATIONS, load_victim
+from leakaudit.report.charts import Tick
+from leakaudit.report.sweep_plots import Axis, Plot, Stroke, log_axis
 from leakaudit.spec import parse
 
 ACCURACY = (
@@ -98,7 +102,7 @@ def trained(task: Task, options: SystemOptions, steps: int, seed: int) -> dict[s
         task,
         Trainer(task, together=1),
         Seen(lambda step: False),
-        Limits(steps=steps, every=max(1, steps // 12)),
+        Limits(steps=steps, every=max(1, steps // 6)),
         seed,
     )
     began = time.process_time()
@@ -106,7 +110,7 @@ def trained(task: Task, options: SystemOptions, steps: int, seed: int) -> dict[s
     curve = [(point.step, point.quality["all"].accuracy, point.quality["all"].loss) for point in run.curve]
     return {
         "seed": seed,
-        "accuracy": statistics.fmean(point[1] for point in curve[-3:]),
+        "accuracy": statistics.fmean(point[1] for point in curve[-2:]),
         "curve": curve,
         "virtual_seconds": run.env.now,
         "uploaded": run.uploaded,
@@ -122,29 +126,41 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), quantile * statistics.stdev(values) / math.sqrt(len(values))
 
 
-def accuracy(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def accuracy(options: argparse.Namespace) -> Iterator[dict[str, list[dict[str, Any]]]]:
+    """All runs so far by system, after every seed."""
     train, test = (load_batch(path, (3, 32, 32), None, classes=10) for path in options.data)
-    first: list[float] = []
-    for spec in options.systems:
-        runs = []
-        for seed in range(options.seeds):
+    runs: dict[str, list[dict[str, Any]]] = {spec: [] for spec in options.systems}
+    for seed in range(options.seeds):
+        for spec in options.systems:
             task = world(train, test, options.model, options.workers, seed)
-            runs.append(trained(task, parse(spec, SYSTEMS, "system"), options.steps, seed))
-        found = [100 * run["accuracy"] for run in runs]
-        first = first or found
-        mean, half = interval(found)
-        shift, around = interval([ours - theirs for ours, theirs in zip(found, first, strict=True)])
-        yield {
-            "system": spec,
-            "accuracy": mean,
-            "accuracy_half": half,
-            "difference": shift,
-            "difference_half": around,
-            "loss": statistics.fmean(run["curve"][-1][2] for run in runs),
-            "megabytes": statistics.fmean(run["uploaded"] for run in runs) / 1e6,
-            "cpu_seconds": statistics.fmean(run["cpu_seconds"] for run in runs),
-            "runs": runs,
-        }
+            run = trained(task, parse(spec, SYSTEMS, "system"), options.steps, seed)
+            runs[spec].append(run)
+            print(json.dumps({"system": spec, **run}), flush=True)
+        yield runs
+
+
+def summaries(runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Means and intervals by system; differences to the first."""
+    found: list[dict[str, Any]] = []
+    first = [100 * run["accuracy"] for run in next(iter(runs.values()))]
+    for spec, own in runs.items():
+        shares = [100 * run["accuracy"] for run in own]
+        mean, half = interval(shares)
+        shift, around = interval([ours - theirs for ours, theirs in zip(shares, first, strict=True)])
+        found.append(
+            {
+                "system": spec,
+                "accuracy": mean,
+                "accuracy_half": half,
+                "difference": shift,
+                "difference_half": around,
+                "loss": statistics.fmean(run["curve"][-1][2] for run in own),
+                "megabytes": statistics.fmean(run["uploaded"] for run in own) / 1e6,
+                "cpu_seconds": statistics.fmean(run["cpu_seconds"] for run in own),
+                "runs": own,
+            }
+        )
+    return found
 
 
 def accuracy_rows(found: Sequence[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
@@ -204,6 +220,57 @@ def latency_rows(delays: Sequence[int] = (0, 4, 20)) -> Iterator[tuple[str, ...]
         yield f"{seconds:g}", *(f"{step:.3f}" for step in steps)
 
 
+# ------------------------------------------------------------------ plot
+
+HUES = ("#0072b2", "#b34700", "#00795b", "#a3447c", "#7a6400", "#5b4bb5")
+DASHES = ("", "7 4", "2 3", "10 3 2 3", "1 5", "12 5")
+
+SVG = Template(
+    """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {{ p.width + 190 }} {{ p.height }}" role="img"
+ aria-label="{{ p.description }}" font-family="sans-serif" font-size="11" fill="#333">
+<rect width="100%" height="100%" fill="#fff"/>
+<text x="{{ p.left }}" y="15" font-size="13" font-weight="bold">{{ p.title }}</text>
+{% for tick in p.y_ticks -%}
+<line x1="{{ p.left }}" x2="{{ p.right }}" y1="{{ tick.place }}" y2="{{ tick.place }}" stroke="#ddd"/>
+<text x="{{ p.left - 8 }}" y="{{ tick.place + 4 }}" text-anchor="end">{{ tick.text }}</text>
+{% endfor %}
+{%- for tick in p.x_ticks -%}
+<text x="{{ tick.place }}" y="{{ p.bottom + 17 }}" text-anchor="middle">{{ tick.text }}</text>
+{% endfor -%}
+<text x="{{ (p.left + p.right) / 2 }}" y="{{ p.bottom + 36 }}" text-anchor="middle">{{ p.x_label }}</text>
+{% for stroke in p.strokes -%}
+<polyline points="{{ stroke.points }}" {{ stroke.look }} fill="none" stroke-width="2"/>
+<path d="M{{ p.right + 14 }},{{ 50 + 22 * loop.index }}h30" {{ stroke.look }} stroke-width="2"/>
+<text x="{{ p.right + 50 }}" y="{{ 54 + 22 * loop.index }}">{{ stroke.text }}</text>
+{% endfor -%}
+</svg>
+"""
+)
+
+
+def plot(bandwidth: float) -> str:
+    """Scaling of 8 workers against the latency one way, as an SVG document."""
+    latencies = [10 ** (-3 + 3.5 * i / 70) for i in range(71)]
+    left, right, top, bottom = 54, 424, 30, 256
+    x, y = log_axis((1e-3, 10**0.5), left, right, margin=0), Axis(0.0, 1.05, bottom, top)
+    strokes = []
+    for line, hue, dash in zip(LINES, HUES, DASHES, strict=True):
+        shares = [scaling(line, 8, latency, bandwidth) for latency in latencies]
+        points = " ".join(f"{x.at(t)},{y.at(share)}" for t, share in zip(latencies, shares, strict=True))
+        strokes.append(Stroke(points, f'stroke="{hue}" stroke-dasharray="{dash}"', line.name))
+    ticks = [Tick(x.at(t), f"{1000 * t:g} ms") for t in (1e-3, 1e-2, 0.1, 0.48, 2.0)]
+    drawing = Plot(
+        f"Scaling of 8 workers, ResNet-50, 300 ms a step, {bandwidth * 8 / 1e9:g} Gbit/s",
+        "Speed-up divided by the number of workers, against latency, for synchronous, delayed and sparse training",
+        ticks,
+        y.ticks(),
+        "latency one way",
+        strokes=strokes,
+        top=top,
+    )
+    return SVG.render(p=drawing)
+
+
 # ------------------------------------------------------------------ output
 
 
@@ -223,6 +290,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--bandwidth", type=float, default=125e6, help="bytes a second, of (b)")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--plot", type=Path, help="SVG of (b)")
     options = parser.parse_args()
     torch.set_num_threads(1)
 
@@ -239,18 +307,26 @@ def main() -> None:
     print(table("(b) scaling of synchronous SGD, 8 workers, 480 ms one way", naive_rows()))
     print(table("(c) seconds a step at 300 ms of computing", latency_rows()), flush=True)
 
+    if options.plot:
+        write_atomically(options.plot, plot(bandwidth).encode())
+
     found: list[dict[str, Any]] = []
-    if options.data:
-        for each in accuracy(options):
-            found.append(each)
-            print(json.dumps({name: value for name, value in each.items() if name != "runs"}), flush=True)
-        print(table(f"(a) accuracy, {options.workers} workers, {options.steps} steps", accuracy_rows(found)))
+    for runs in accuracy(options) if options.data else ():
+        found = summaries(runs)
+        seeds = len(found[0]["runs"])
+        title = f"(a) accuracy, {options.workers} workers, {options.steps} steps, {seeds} seeds"
+        print(table(title, accuracy_rows(found)), flush=True)
+        save(options, found)
+    save(options, found)
+
+
+def save(options: argparse.Namespace, found: Sequence[dict[str, Any]]) -> None:
     if options.out:
         write_atomically(options.out, (json.dumps(document(options, found), indent=1) + "\n").encode())
 
 
 def document(options: argparse.Namespace, found: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    settings = {name: value for name, value in vars(options).items() if name not in ("out", "data")}
+    settings = {name: value for name, value in vars(options).items() if name not in ("out", "plot", "data")}
     cells = [*((8, latency) for latency in LATENCIES), *((workers, 0.48) for workers in WORKERS)]
     shares = [
         {

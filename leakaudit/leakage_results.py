@@ -35,7 +35,8 @@ class LeakageRow(Value):
         clients, examples: behind the view; staleness: of the oldest of them, in server steps.
         exact: False where the view holds more than its clients' rounds; note: how the party comes by it.
         status: "no-update" where the party sees no client's update, so that there is nothing to invert.
-        verdict, headline, reasons: of the audit; attack: with the best reconstruction; residual: of it, relative.
+        verdict, headline, reasons: of the audit; attack: that came nearest to an original where it leaks,
+            else the one with the smallest residual; residual: of it, relative.
         scores: of that attack, averaged over the examples; example: the one it reconstructed best.
         control: whether the same attack succeeded where it must; None where it did not run or was not needed.
         setting: whether the adversary was given more than a real one has.

@@ -5,6 +5,7 @@
 tau, the staleness, counts the steps of the server between a worker's download and the use of its gradient.
 p = 0 is plain asynchronous SGD (Recht et al. 2011; Dean et al. 2012, without AdaGrad), p = 1 divides the rate
 by the staleness (Zhang, Gupta, Lian and Liu 2016).  A step of the simulation is one gradient of one worker.
+Workers of distributed training are there from beginning to end: `Client.dropout` and `availability` are not used.
 
 The server sent the model that a gradient was made with, so it attacks each gradient with its own base.
 """

@@ -12,6 +12,7 @@ and the model of the simulation, of which quality is measured, is that mean.
 
 A worker waits at step i only where the mean of step i - d has not arrived, so a run is as fast as its computing
 as long as an exchange takes at most d steps and its bytes fit the links (`leakaudit.federated.scaling`).
+Workers are there from beginning to end: `Client.dropout` and `availability` are not used.
 
 With a period T the workers exchange the sums of T steps' gradients, d steps after the last of them: local SGD,
 that is FedAvg (McMahan et al. 2017), for d = 0.  `across_the_world` adds the compression.

@@ -24,6 +24,7 @@ from leakaudit.leakage_results import AUDITS, LEAKAGE_NAME, LeakageResult, Leaka
 from leakaudit.policy import parse_policy
 from leakaudit.report.folder import REPORT_NAME
 from leakaudit.report.leakage_page import write_leakage_page
+from leakaudit.report.leakage_summary import FIRST_SCORES
 from leakaudit.results import AuditResult, ExampleScores, Trial
 from leakaudit.subject import pick_device
 from leakaudit.sweep_results import Example
@@ -308,7 +309,7 @@ def _speeds(folder: Path) -> Speeds | None:
 
 
 def _filled(row: LeakageRow, result: AuditResult, audit: str) -> LeakageRow:
-    trial = result.best_trial
+    trial = _telling(result)
     control = next((control.passed for control in result.controls if control.name == "positive"), None)
     found: dict[str, object] = {
         "status": "interrupted" if result.interrupted else "done",
@@ -330,11 +331,24 @@ def _filled(row: LeakageRow, result: AuditResult, audit: str) -> LeakageRow:
     return row.model_copy(update=found)
 
 
+def _telling(result: AuditResult) -> Trial | None:
+    """The attack whose reconstruction the verdict rests on: of a leak that was measured the one that came nearest
+    to an original, else the one with the smallest residual."""
+    scored = [trial for trial in result.trials if trial.scores and trial.examples]
+    if result.verdict.status != "leaks" or not scored:
+        return result.best_trial
+    return max(scored, key=lambda trial: _quality(trial, _best_example(trial)))
+
+
+def _best_example(trial: Trial) -> ExampleScores:
+    return max(trial.examples, key=lambda example: _quality(trial, example))
+
+
 def _shown(trial: Trial, audit: str) -> Example | None:
     """The example that was reconstructed best, its pictures relative to the result's folder."""
     if not trial.examples:
         return None
-    best = max(trial.examples, key=lambda example: _quality(trial, example))
+    best = _best_example(trial)
     return Example(
         index=best.index,
         scores=best.scores,
@@ -348,9 +362,10 @@ def _shown(trial: Trial, audit: str) -> Example | None:
 
 
 def _quality(trial: Trial, example: ExampleScores) -> float:
-    """By the first score that was measured, the larger the better."""
-    for score in trial.scores:
-        value = example.scores.get(score.metric)
-        if value is not None:
-            return value if score.higher_is_better else -value
+    """By the first of the usual scores that was measured, the larger the better."""
+    known = {score.metric: score for score in trial.scores}
+    for name in (*FIRST_SCORES, *known):
+        value = example.scores.get(name)
+        if value is not None and name in known:
+            return value if known[name].higher_is_better else -value
     return float("-inf")

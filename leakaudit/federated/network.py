@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import median
 
 from leakaudit.errors import InputError
+from leakaudit.report.words import plural
 
 NETWORK_NAME = "network.csv"
 COLUMNS = ("sent", "received", "sender", "receiver", "kind", "bytes")
@@ -75,8 +76,8 @@ def infer(messages: Sequence[Passed], speeds: Speeds | None = None) -> list[str]
     Args:
         speeds: None for an observer who knows nothing of the devices.
 
-    The computing time of a client is from the end of a download to the beginning of its next upload, each of the
-    kind that is largest in its direction.
+    The computing time of a client is taken to be that from the end of a download to the beginning of its next
+    upload, each of the kind that is largest in its direction; where messages cross (delayed training) it is less.
     """
     down = _largest_kind(m for m in messages if m.sender == SERVER)
     up = _largest_kind(m for m in messages if m.receiver == SERVER)
@@ -105,8 +106,8 @@ def _among_peers(messages: Sequence[Passed]) -> list[str]:
 def _participation(up: Sequence[Passed]) -> list[str]:
     counts = Counter(m.sender for m in up)
     least, most = min(counts.values()), max(counts.values())
-    each = f"{least}" if least == most else f"{least} to {most}"
-    return [f"{len(counts)} clients took part, with {each} uploads each."]
+    each = plural(most, "upload") if least == most else f"{least} to {plural(most, 'upload')}"
+    return [f"{plural(len(counts), 'client')} took part, with {each} each."]
 
 
 def _sizes(down: Sequence[Passed], up: Sequence[Passed]) -> list[str]:
@@ -127,25 +128,23 @@ def _computing(down: Sequence[Passed], up: Sequence[Passed], speeds: Speeds | No
         return []
     least, most = min(seconds.values()), max(seconds.values())
     spread = (most - least) / most if most > 0 else 0.0
+    apart = "From the end of a download to the next upload"
     if spread < TELLING:
-        said = [
-            f"All clients compute for {most:.3g} s between download and upload: nothing tells them apart."
-        ]
+        said = [f"{apart} {most:.3g} s pass with every client: nothing tells them apart."]
     else:
         slowest = max(seconds, key=lambda client: seconds[client])
         said = [
-            f"Clients compute for {least:.3g} to {most:.3g} s between download and upload (longest: {slowest}),"
-            " which tells apart who has more data or a slower device."
+            f"{apart} {least:.3g} to {most:.3g} s pass (longest: {slowest}): computing, unless it overlaps with"
+            " messages, which tells apart who has more data or a slower device."
         ]
     if speeds is None or speeds.step_seconds <= 0:
         return said
     few, many = (round(value / speeds.step_seconds) for value in (least, most))
-    steps = f"{few}" if few == many else f"{few} to {many}"
-    plural = "" if steps == "1" else "s"
+    steps = plural(many, "local step") if few == many else f"{few} to {plural(many, 'local step')}"
     certainty = "" if speeds.alike else ", if all devices were as fast as the median one, which they are not"
     return [
         *said,
-        f"At {speeds.step_seconds:g} s a step that is {steps} local step{plural} a client{certainty}.",
+        f"At {speeds.step_seconds:g} s a step that is {steps} a client{certainty}.",
     ]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -109,11 +110,11 @@ def _scores(row: LeakageRow) -> Text:
     return plain("\n".join(found) or words.MISSING)
 
 
-def _remarks(row: LeakageRow) -> Text:
+def _remarks(row: LeakageRow) -> Group:
     """What was found, and the theory beside it."""
     where = f"{row.system}, {row.role}" + (f", {row.view}" if row.view else "")
-    text = Text.assemble("\n", plain(where, "bold"), plain(f"  {row.note}" if row.note else "", "dim"))
-    for sentence in what_happened(row):
-        text.append_text(Text.assemble("\n  • ", plain(sentence)))
+    lines = [Text.assemble("• ", plain(sentence)) for sentence in what_happened(row)]
     source = f" ({row.source})" if row.source else ""
-    return Text.assemble(text, ("\n  Theory: ", "bold"), plain(row.theory), plain(source, "dim"))
+    lines.append(Text.assemble(("Theory: ", "bold"), plain(row.theory), plain(source, "dim")))
+    head = Text.assemble("\n", plain(where, "bold"), plain(f"  {row.note}" if row.note else "", "dim"))
+    return Group(head, *(Padding(line, (0, 0, 0, 2)) for line in lines))

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from small_worlds import simulation, task
 from torch.testing import assert_close
 
+from leakaudit.errors import InputError
 from leakaudit.federated.cost import all_reduce_seconds, dense_bytes
-from leakaudit.federated.options import DelayedSGD, SynchronousSGD, Topology
+from leakaudit.federated.options import AsynchronousSGD, DelayedSGD, SynchronousSGD, SystemOptions, Topology
 from leakaudit.federated.replay import MeanModel
 from leakaudit.federated.simulation import Simulation
 from leakaudit.federated.task import Task
@@ -64,14 +65,14 @@ def drawn(world: Task, steps: int, batch: int) -> list[list[torch.Tensor]]:
 
 
 def trained(
-    options: object, world: Task, steps: int = 9, together: int = 16
+    options: SystemOptions, world: Task, steps: int = 9, together: int = 16
 ) -> tuple[Simulation, list[Model]]:
     """A run, and its model after every step."""
     run = simulation(world, steps=steps)
     run.trainer = Trainer(world, together=together)
     history = [dict(run.params)]
     run.on_step = lambda *_: history.append(dict(run.params))
-    run.run(options)  # type: ignore[arg-type]
+    run.run(options)
     return run, history
 
 
@@ -233,3 +234,9 @@ def test_equal_models_have_that_mean_exactly() -> None:
 def test_options_that_cannot_be(wrong: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DelayedSGD(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("options", [DelayedSGD(batch_size=13), AsynchronousSGD(batch_size=13)])
+def test_a_batch_larger_than_a_workers_data(options: SystemOptions) -> None:
+    with pytest.raises(InputError, match=r"client \d holds 12 examples, fewer than a batch of 13"):
+        simulation().run(options)

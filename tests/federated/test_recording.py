@@ -8,21 +8,27 @@ from pathlib import Path
 import pytest
 import torch
 from picture_worlds import CLASSES, MODEL, SHAPE, pictures, task
+from tiny_text import GPT2, text_victim
 from torch import Tensor
 
 from leakaudit.api import attack
 from leakaudit.data import load_truth
 from leakaudit.errors import InputError
+from leakaudit.federated.cost import Device
 from leakaudit.federated.options import SYSTEMS, SynchronousSGD
+from leakaudit.federated.population import Client
 from leakaudit.federated.recording import ViewWriter, cohort, stated_exactly
 from leakaudit.federated.seen import Member, Observation, Seen
 from leakaudit.federated.simulation import Limits, Simulation
 from leakaudit.federated.task import Task
 from leakaudit.federated.trainer import Trainer
+from leakaudit.federated.training import Examples
 from leakaudit.federated.views import ViewRecord, read_index
 from leakaudit.formats.reading import read_file
 from leakaudit.rounds import Round, client_update
 from leakaudit.subject import Opened, Sources, open_update
+from leakaudit.text_data import load_truth as load_sentences
+from leakaudit.text_data import private_text
 from leakaudit.update import Update
 
 
@@ -252,3 +258,27 @@ def test_the_servers_view_of_a_single_worker_gives_its_picture(tmp_path: Path) -
     assert any("lies beside the update" in finding.text for finding in result.findings)
     assert pictures(1).pixels.shape[1:] == SHAPE
     assert result.model.num_classes == CLASSES
+
+
+def test_sentences_of_tied_language_models_are_recorded_too(tmp_path: Path) -> None:
+    """Sentences of different lengths, tied embeddings, buffers that no state dict holds."""
+    victim = text_victim("gpt2", "causal-lm")
+    data = private_text(
+        ("One short line.", "Another line that is rather longer than it."), victim.space, victim.task
+    )
+    train = Examples(data.tokens, data.labels)
+    clients = tuple(Client(index, torch.tensor([index]), Device()) for index in range(2))
+    world = Task(victim, train, clients, train, data)
+    base = dict(victim.params)
+    pair = tuple(member(world, index, Round(1), weight=0.5) for index in range(2))
+    for members in (pair, (member(world, 0, Round(1)),)):
+        seen = Observation("server", 0, 0.0, seen_of(world, base, *members), base, members)
+        writer = ViewWriter(tmp_path, world, GPT2)
+        writer.write(seen)
+        record = writer.records()[0]
+        found = open_update(Sources(tmp_path / str(record.update), GPT2, device="cpu"))
+        truth = load_sentences(tmp_path / str(record.truth))
+        assert truth.texts == data.texts[: len(members)]
+        assert found.view.round.clients == len(members)
+        assert found.view.residual(truth.tokens, truth.labels) < 1e-4
+    assert truth.tokens.shape[1] < data.tokens.shape[1], "no wider than its own sentence"
