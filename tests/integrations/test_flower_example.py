@@ -14,11 +14,11 @@ import torch
 
 pytest.importorskip("flwr")
 
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict  # noqa: E402
-from flwr.app.metadata import Metadata  # noqa: E402
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app.metadata import Metadata
 
-from leakaudit.data import load_truth  # noqa: E402
-from leakaudit.subject import Sources, look, open_update  # noqa: E402
+from leakaudit.data import load_truth
+from leakaudit.subject import Sources, look, open_update
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "flower"
 
