@@ -485,7 +485,7 @@ def test_bad_captures_write_nothing(options: tuple[str, ...], part: str, run: Ru
         (("--labels", "9"), "label 9 is not a class; accepted: 0 to 4"),
         (("--labels", "1,2"), "2 labels given for an update of 1 examples"),
         (("--labels", "cat"), "not whole numbers"),
-        (("--kind", "weights"), "kind='weights'"),
+        (("--kind", "logits"), "kind='logits'"),
         (("--examples", "0"), "num_examples=0"),
         (("--device", "tpu9"), "device 'tpu9' cannot be used"),
         (("--truth", "model.safetensors"), "is not a truth file"),

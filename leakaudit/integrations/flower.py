@@ -140,7 +140,7 @@ def record_strategy(
             " aggregate_train, or with configure_fit and aggregate_fit"
         )
     kind = type(f"Recording{type(strategy).__name__}", (mixin, type(strategy)), {})
-    recording: Any = kind.__new__(kind)
+    recording: Any = object.__new__(kind)
     recording.__dict__.update(vars(strategy))
     recording._leakaudit = recorder
     recording._leakaudit_sent = {}

@@ -12,7 +12,7 @@ from leakaudit.formats.manifest import Manifest, build_manifest, parse_manifest
         ("{", "not JSON"),
         ("[1]", "should be an object"),
         ('{"learning_rate": -1}', "learning_rate=-1: input should be greater than 0"),
-        ('{"kind": "weights"}', "kind='weights': input should be 'gradient' or 'delta'"),
+        ('{"kind": "logits"}', "kind='logits': input should be 'gradient', 'delta' or 'weights'"),
         ('{"mode": "x", "kind": "y"}', "and 1 more"),
         ('{"normalisation": {"mean": [0.5], "std": [0]}}', r"normalisation.std.0=0"),
         ('{"normalisation": {"mean": [0.5, 0.5], "std": [1]}}', "mean has 2 channels and std 1"),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from torch import Tensor
 
 from flower_photos.task import CLASSES, SHAPE, accuracy, net, private_images, train
 from leakaudit import Manifest
@@ -18,15 +20,10 @@ FACTS = Manifest(
     loss="cross-entropy",
     reduction="mean",
 )
-FOLDER = os.environ.get("LEAKAUDIT_FOLDER", "/tmp/flower-photos")
+FOLDER = os.environ.get("LEAKAUDIT_FOLDER", os.path.join(tempfile.gettempdir(), "flower-photos"))
 
-app = ClientApp(
-    mods=[
-        record_mod(
-            FOLDER, model=net(), facts=FACTS
-        ),  # the one line: first, so it sees what leaves the client
-    ]
-)
+record = record_mod(FOLDER, model=net(), facts=FACTS)  # first of the mods, so it sees what leaves the client
+app = ClientApp(mods=[record])
 
 
 @app.train()
@@ -51,6 +48,6 @@ def evaluate_on_own_images(message: Message, context: Context) -> Message:
     return Message(content=RecordDict({"metrics": metrics}), reply_to=message)
 
 
-def _own_images(context: Context):
+def _own_images(context: Context) -> tuple[Tensor, Tensor]:
     client, clients = int(context.node_config["partition-id"]), int(context.node_config["num-partitions"])
     return private_images(client, clients, int(context.run_config["images-per-client"]))

@@ -2,7 +2,7 @@
 
 Run as a script it writes the private crops of a client, which only the audit's score needs:
 
-    python -m flower_photos.task CLIENT CLIENTS truth.safetensors
+    python -m flower_photos.task CLIENT CLIENTS truth.safetensors [IMAGES]
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 def main() -> None:
     client, clients, path = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-    count = int(sys.argv[4]) if len(sys.argv) > 4 else 2
+    count = int(sys.argv[4]) if len(sys.argv) > 4 else 1
     images, labels = private_images(client, clients, count)
     names = tuple(f"client-{client}-image-{index}" for index in range(len(images)))
     save_truth(path, PrivateBatch(images, labels, names))
