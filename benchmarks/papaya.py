@@ -263,10 +263,10 @@ def trained(world: Task, system: LocalTraining, options: argparse.Namespace, see
     rich = sorted(world.clients, key=lambda client: -client.examples)
     return {
         "perplexity": {name: round(quality.perplexity, 4) for name, quality in last.quality.items()},
-        "hours": round(last.time / 3600, 3),
+        "hours": round(last.time / 3600, 4),
         "updates": last.updates,
         "steps": last.step,
-        "hours to target": None if reached is None else round(reached.time / 3600, 3),
+        "hours to target": None if reached is None else round(reached.time / 3600, 4),
         "updates to target": None if reached is None else reached.updates,
         "share of the top 25 %": round(contributions.share(rich[: len(rich) // 4]), 4),
         "staleness": round(statistics.mean(contributions.staleness), 2),
@@ -336,7 +336,7 @@ def interval(values: Iterable[float | None]) -> str:
         return f"never in {len(given) - len(found)} of {len(given)}"
     mean = statistics.mean(found)
     if len(found) == 1:
-        return f"{mean:.3g}"
+        return f"{mean:.4g}"
     half = stats.t.ppf(0.975, len(found) - 1) * statistics.stdev(found) / math.sqrt(len(found))
     return f"{mean:.4g} ± {half:.2g}"
 

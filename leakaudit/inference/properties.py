@@ -21,10 +21,11 @@ class PropertyClassifier:
     """A classifier of updates, trained on updates that the adversary simulates with and without the property
     (Melis et al. 2019, algorithm 3, passive and for one update; shadow training as in Shokri et al. 2017).
 
-    Deviations: for their random forest a ridge regression on labels of +1 and -1 in the updates' own span (which
-    is Fisher's discriminant with a shrunk covariance), because an update has far more numbers than there are
-    simulated ones; its strength is the one that errs least on updates left out.  Both kinds of batches are drawn
-    from all reference records of the kind.
+    Deviations: for their random forest a ridge regression of labels of +1 and -1 on the sizes of the numbers, in
+    the updates' own span (Fisher's discriminant with a shrunk covariance), because an update has far more numbers
+    than there are simulated ones; its strength is the one that errs least on updates left out.  Sizes, because
+    signs tell the labels, and what is not of the labels shows in how large the numbers are.  Both kinds of
+    batches are drawn from all reference records of the kind.
 
     Attributes:
         updates: simulated of each kind, >= 4.
@@ -32,7 +33,7 @@ class PropertyClassifier:
         numbers: of the update that are looked at, drawn at random where it has more; >= 1.
     """
 
-    updates: int = 64
+    updates: int = 128
     share: float = 1.0
     numbers: int = 4 * NUMBERS
 
@@ -61,7 +62,7 @@ class PropertyClassifier:
         labels = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(self.updates)
         facts = (tuple(view.observed), tuple(view.spread.items()), view.round)
         places, updates = evidence.remembered(
-            "examples",
+            f"examples/{self}",
             view,
             facts,
             lambda: self._examples(view, evidence.reference, flags, labels, generator),
@@ -69,6 +70,7 @@ class PropertyClassifier:
         observed = view.observed.flat()[places].double()
         if view.scale_free:
             observed, updates = observed / observed.norm(), updates / updates.norm(dim=1, keepdim=True)
+        observed, updates = observed.abs(), updates.abs()
         mean, spread = updates.mean(0), updates.std(0)
         used = spread > 1e-9 * spread.max()
         table = (updates[:, used] - mean[used]) / spread[used]

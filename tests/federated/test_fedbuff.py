@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import get_args
 
 import pytest
 import torch
@@ -12,10 +13,10 @@ from torch.testing import assert_close
 
 from leakaudit.errors import InputError
 from leakaudit.federated.fedbuff import STALENESS
-from leakaudit.federated.options import FedBuff, FederatedAveraging
+from leakaudit.federated.options import FedBuff, FederatedAveraging, StalenessName
 from leakaudit.federated.seen import Seen
 from leakaudit.federated.simulation import Limits, Simulation
-from leakaudit.federated.trainer import Trainer
+from leakaudit.federated.trainer import Pending, Trainer
 from leakaudit.models.victim import Params, Victim
 from leakaudit.rounds import Round, client_update
 from leakaudit.update import Update
@@ -99,7 +100,7 @@ def test_the_weights_of_staleness() -> None:
         "polynomial": [1.0, 0.5, 1 / 3],
         "hinge": [1.0, 1.0, 1 / 41],
     }
-    assert set(table) == set(STALENESS)
+    assert set(table) == set(STALENESS) == set(get_args(StalenessName))
     for name, expected in table.items():
         assert [STALENESS[name](tau, options) for tau in (0, 3, 8)] == pytest.approx(expected)
 
@@ -122,6 +123,25 @@ def test_many_clients_at_most_some_at_a_time_are_replaced_at_once() -> None:
     assert run.counters["unfinished"] == 3
     assert len({client for clients in contributions(run) for client in clients}) == 9
     assert sums_hold(run)
+
+
+def test_memory_grows_with_concurrency_not_with_clients() -> None:
+    """Updates and model versions that are held at any time; 60 clients, of whom 5 train at a time."""
+    world = paced(*(1.0 + 0.1 * index for index in range(60)), each=4)
+    run = simulation(world, steps=40)
+    submit, held = run.trainer.submit, []
+
+    def counted(base: Params, round: Round, rows: torch.Tensor) -> Pending:
+        pending = submit(base, round, rows)
+        waiting = run.trainer._waiting.values()
+        held.append((len(waiting), len({id(other.base) for other in waiting})))
+        return pending
+
+    run.trainer.submit = counted  # type: ignore[method-assign]
+    run.run(FedBuff(buffer=2, concurrency=5, local_steps=1, batch_size=2))
+    assert len({client for clients in contributions(run) for client in clients}) > 30
+    assert max(waiting for waiting, _ in held) <= 5
+    assert max(bases for _, bases in held) <= 5
 
 
 def test_clients_that_drop_out_are_replaced() -> None:

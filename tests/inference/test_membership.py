@@ -144,9 +144,14 @@ def test_the_score_is_the_log_likelihood_ratio() -> None:
     )
     observed = found.at(view.observed).numpy()
     outside = multivariate_normal(mean, covariance)
+    signals = found.candidates.numpy() - mean
+    solved = np.linalg.solve(covariance, signals.T).T
+    standard = np.abs(solved @ (observed - mean)) / np.sqrt((solved * signals).sum(1))
+    excess = max(1.0, np.sort(standard)[(len(standard) - 1) // 2] / 0.6745) ** 2
     for row, score in zip(found.candidates.numpy(), scores.tolist(), strict=True):
         inside = multivariate_normal(mean + share * (row - mean), covariance)
-        assert score == pytest.approx(inside.logpdf(observed) - outside.logpdf(observed), rel=1e-4, abs=1e-6)
+        ratio = (inside.logpdf(observed) - outside.logpdf(observed)) / excess
+        assert score == pytest.approx(ratio, rel=1e-4, abs=1e-6)
 
 
 def test_the_bare_alignment_is_the_cosine() -> None:

@@ -81,15 +81,17 @@ def test_a_trait_says_nothing_about_the_label(photo_crops: torch.Tensor) -> None
 
 @pytest.mark.parametrize("trait", ["bright", "colourful"])
 def test_the_property_of_a_batch_shows_in_its_update(trait: str, photo_crops: torch.Tensor) -> None:
-    plan = Plan(("property:updates=24",), 96, 96, trials=24, trait=trait)
-    result = infer_membership(victim_of("smooth"), crops(photo_crops), Round(8), (), plan)
+    plan = Plan(("property:updates=64",), 96, 96, trials=60, trait=trait)
+    result = infer_membership(victim_of("smooth"), crops(photo_crops), Round(2), (), plan)
     outcome = result.outcomes[0]
-    assert (outcome.positives, outcome.negatives, outcome.property) == (12, 12, trait)
-    assert auc(result)[0] > 0.8
+    assert (outcome.positives, outcome.negatives, outcome.property) == (30, 30, trait)
+    found, low, _ = auc(result)
+    assert found > 0.7
+    assert low > 0.55
     tpr = outcome.rate("tpr01")
     assert tpr is not None
     assert tpr.value is None
-    assert "at least 100 non-members, got 12" in tpr.reason
+    assert "at least 100 non-members, got 30" in tpr.reason
 
 
 def test_under_strong_noise_it_does_not(photo_crops: torch.Tensor) -> None:
