@@ -66,7 +66,9 @@ Before = Annotated[
         help="Checkpoint before local training, when the file is the one after; replaces --checkpoint."
     ),
 ]
-Kind = Annotated[str | None, typer.Option(help="gradient, delta (a difference of weights) or weights (after training).")]
+Kind = Annotated[
+    str | None, typer.Option(help="gradient, delta (a difference of weights) or weights (after training).")
+]
 Sign = Annotated[str | None, typer.Option(help="Of a delta: before-minus-after or after-minus-before.")]
 LearningRate = Annotated[float | None, typer.Option("--learning-rate", "--lr", help="Of the client's SGD.")]
 LocalSteps = Annotated[int | None, typer.Option(help="SGD steps between download and upload.")]

@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import click
 import typer
 from rich.console import Console
 
@@ -83,7 +82,7 @@ def _parameter(field: dataclasses.Field[Any], hint: Any, default: Any, name: str
     option = typer.Option(
         *_flags(field, name, kind),
         help=field.metadata.get("help"),
-        click_type=click.Choice(choices) if choices else None,
+        metavar="|".join(choices) or None,
     )
     several = typing.get_origin(kind) is list
     annotation = Annotated[kind | None if default is None or several else kind, option]  # type: ignore[valid-type]
@@ -96,7 +95,7 @@ def _parameter(field: dataclasses.Field[Any], hint: Any, default: Any, name: str
 
 
 def _kind(hint: Any) -> tuple[Any, tuple[str, ...]]:
-    """The type of one value as Typer takes it, and the choices of a `Literal`."""
+    """The type of one value as Typer takes it, and the choices of a `Literal`, which its dataclass checks."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         (hint,) = [choice for choice in typing.get_args(hint) if choice is not type(None)]
     if typing.get_origin(hint) is Literal:
