@@ -487,22 +487,15 @@ def defend(
 @app.command()
 def report(
     run: Annotated[
-        Path, typer.Argument(help="Folder written by attack, audit or defend.", show_default=False)
+        Path, typer.Argument(help="Folder written by attack, audit, defend, or simulate.", show_default=False)
     ],
     html: Annotated[Path, typer.Option(help="Page to write.")] = Path("report.html"),
     redact: Annotated[bool, typer.Option("--redact", help="Leave the originals out.")] = False,
 ) -> None:
     """Write the HTML report of a finished run: one file, without remote requests."""
-    from leakaudit.gate import read_sweep
-    from leakaudit.report.folder import read_run, write_page
-    from leakaudit.report.sweep_page import write_sweep_page
-    from leakaudit.sweep_results import SWEEP_NAME
+    from leakaudit.report.finished import write_report
 
-    if (run / SWEEP_NAME).is_file():
-        result = read_sweep(run)
-        write_sweep_page(result, run, html, redact=redact or result.redacted)
-    else:
-        write_page(read_run(run), html, redact=redact)
+    write_report(run, html, redact=redact)
     Console().print(f"Report: {html}", soft_wrap=True, highlight=False)
 
 
@@ -530,10 +523,12 @@ def baseline(
 def list_names(
     what: Annotated[
         str,
-        typer.Argument(help="attacks, defenses, protocols, systems, models or metrics.", show_default=False),
+        typer.Argument(
+            help="attacks, defenses, protocols, systems, inferences, models or metrics.", show_default=False
+        ),
     ],
 ) -> None:
-    """Name what there is: attacks, defenses, protocols, systems, models or metrics."""
+    """Name what there is: attacks, defenses, protocols, systems, inferences, models or metrics."""
     from leakaudit.listing import tables
 
     known = tables()

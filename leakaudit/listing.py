@@ -12,6 +12,7 @@ from rich.text import Text
 from leakaudit.attacks.registry import ATTACKS, describe_attack, medium_of_attack
 from leakaudit.defenses import DEFENSES
 from leakaudit.federated.options import SYSTEMS
+from leakaudit.inference import DESCRIPTIONS, INFERENCES
 from leakaudit.metrics import METRICS
 from leakaudit.models.zoo import LANGUAGE, MODEL_PLUGINS, MODELS
 from leakaudit.spec import described
@@ -25,6 +26,7 @@ def tables() -> dict[str, Callable[[Console], None]]:
         "defenses": _defenses,
         "protocols": _protocols,
         "systems": _systems,
+        "inferences": _inferences,
         "models": _models,
         "metrics": _metrics,
     }
@@ -55,6 +57,11 @@ def _attacks(console: Console) -> None:
     )
     _print(console, ("attack", "of", "what it does, and its options"), rows)
     _notes(console, broken)
+
+
+def _inferences(console: Console) -> None:
+    rows = ((name, f"{DESCRIPTIONS[name]}\n{_options(inference)}") for name, inference in INFERENCES.items())
+    _print(console, ("inference", "what it does, and its options"), rows)
 
 
 def _defenses(console: Console) -> None:
