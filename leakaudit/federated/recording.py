@@ -183,13 +183,16 @@ def _known_defenses(specs: Sequence[str]) -> list[tuple[str, Defense]]:
 def seen_round(observation: Observation) -> tuple[Update, Round | None]:
     """The update as a file states it, and what its members did together; None where a manifest cannot say that.
 
-    Of a single client the update is divided by its weight, which whoever applied it knows.
+    The update of a single client, and of several without defenses, is divided by the sum of their weights, which
+    whoever applied it knows: then it is the client's own, or a mean.
     """
-    members = observation.members
-    if len(members) == 1:
-        weight = members[0].weight
-        return observation.update if weight in (0, 1) else observation.update / weight, members[0].round
-    return observation.update, cohort(members)
+    members, total = observation.members, sum(member.weight for member in observation.members)
+    if len(members) > 1 and (observation.defenses or not total > 0 or abs(total - 1) < 1e-9):
+        return observation.update, cohort(members)
+    if total in (0, 1):
+        return observation.update, members[0].round if members else None
+    together = [replace(member, weight=member.weight / total) for member in members]
+    return observation.update / total, members[0].round if len(members) == 1 else cohort(together)
 
 
 def stated_exactly(observation: Observation) -> bool:

@@ -119,18 +119,33 @@ def test_a_cohort_of_unequal_clients_and_weights_comes_back(tmp_path: Path) -> N
     members = (
         member(world, 0, Round(4, 4, 2, 0.1), weight=0.6),
         member(world, 1, Round(3, 2, 2, 0.1), weight=0.3),
-        member(world, 2, Round(1, 1, None, 0.1), weight=0.2),
+        member(world, 2, Round(1, 1, None, 0.1), weight=0.1),
     )
     seen = Observation("server", 7, 1.5, seen_of(world, base, *members), base, members, note="a weighted sum")
     record = written(tmp_path, world, seen)
     view = opened(tmp_path, record).view
     assert view.round == Round(
-        8, 4, 2, 0.1, 3, sizes=(4, 3, 1), weights=(0.6, 0.3, 0.2), client_steps=(4, 2, 1)
+        8, 4, 2, 0.1, 3, sizes=(4, 3, 1), weights=(0.6, 0.3, 0.1), client_steps=(4, 2, 1)
     )
     torch.testing.assert_close(dict(view.observed), dict(seen.update), rtol=1e-4, atol=1e-6)
     assert explained(tmp_path, record) < 1e-4
     assert record.staleness == 0
     assert record.time == 1.5
+
+
+def test_weights_that_do_not_come_to_one_leave_a_mean(tmp_path: Path) -> None:
+    """Else labels would be counted on an update that is shorter than the mean of its examples (FedBuff's weights)."""
+    world = task()
+    base = dict(world.victim.params)
+    members = tuple(member(world, index, Round(2), weight=0.25) for index in range(2))
+    record = written(
+        tmp_path, world, Observation("server", 0, 0.0, seen_of(world, base, *members), base, members)
+    )
+    view = opened(tmp_path, record).view
+    assert view.round == Round(4, clients=2)
+    assert [member.weight for member in record.members] == [0.25, 0.25]
+    torch.testing.assert_close(dict(view.observed), dict(seen_of(world, base, *members) * 2))
+    assert explained(tmp_path, record) < 1e-5
 
 
 def test_a_single_weighted_client_is_its_own_update(tmp_path: Path) -> None:
