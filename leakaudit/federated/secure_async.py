@@ -6,7 +6,7 @@
 The server must not see a single update, so the client puts on the weight of its staleness,
 s(tau) = 1 / (1 + tau)^exponent, before it masks: when it begins to send, it is told how many steps the server has
 made since its download.  Steps made while its message travels are not in its weight.  (FedBuff's server puts the
-weight on each update; what Papaya does where the enclave sums is not stated here, for want of the source.)
+weight on each update; what Papaya does where the enclave sums is not claimed here.)
 
 SIMULATED: the enclave is `SimulatedEnclave`, by default in this process, with `isolated` in one of its own.  As in
 FedBuff the sum is divided by the size of the buffer, not by the sum of the weights.
