@@ -40,22 +40,27 @@ after the cut-off; its update was older than allowed; it was no update; it came,
 run ended."""
 
 
-def local_round(options: LocalTraining, examples: int) -> Round:
+def local_round(
+    examples: int, batch_size: int | None, learning_rate: float, steps: int, epochs: int | None = None
+) -> Round:
     """What a client with so many examples does: every step takes a full batch.
+
+    Args:
+        batch_size: of a step, at most; None for all the examples.
+        epochs: passes, in place of so many steps.
 
     A client passes over the whole batches among its (shuffled) examples, at most as many as it takes steps;
     those left over come first in its next round.  So in place of one kind of round for every size of data there
-    are at most local_steps of them, and one for each size below batch_size, which takes all it has: clients of
+    are at most `steps` of them, and one for each size below batch_size, which takes all it has: clients of
     one kind train together (`Trainer`).
     """
-    batch = min(options.batch_size or examples, examples)
+    batch = min(batch_size or examples, examples)
     whole = examples // batch
-    if options.local_epochs is not None:
-        steps = options.local_epochs * whole
+    if epochs is not None:
+        steps = epochs * whole
     else:
-        steps = options.local_steps
         whole = min(steps, whole)
-    return Round(whole * batch, steps, batch, options.local_learning_rate)
+    return Round(whole * batch, steps, batch, learning_rate)
 
 
 @dataclass(eq=False)
@@ -118,9 +123,15 @@ class Dispatcher:
         return [self._begin(client) for client in there[:wanted]]
 
     def _begin(self, client: Client) -> Assignment:
-        simulation = self._simulation
+        simulation, options = self._simulation, self._options
         simulation.count(SAMPLED)
-        work = local_round(self._options, client.examples)
+        work = local_round(
+            client.examples,
+            options.batch_size,
+            options.local_learning_rate,
+            options.local_steps,
+            options.local_epochs,
+        )
         luck, share = torch.rand(2, generator=self._dropouts, dtype=torch.float64).tolist()
         seconds = client.device.compute(work.local_steps)
         pending = None

@@ -98,8 +98,9 @@ def test_with_everybody_it_is_federated_averaging() -> None:
         after = []
         for member in seen.members:
             local = {name: p.clone() for name, p in params.items()}
-            for rows in member.rows.split(6):
-                batch = run.task.train.rows(rows)
+            batches = member.rows.split(6)
+            for step in range(3):
+                batch = run.task.train.rows(batches[step % len(batches)])
                 leaves = {name: p.clone().requires_grad_() for name, p in local.items()}
                 loss = run.task.victim.loss(leaves, batch.x, batch.y)
                 grads = torch.autograd.grad(loss, list(leaves.values()))
@@ -108,6 +109,16 @@ def test_with_everybody_it_is_federated_averaging() -> None:
         params = {name: sum(local[name] for local in after) / 4 for name in params}  # type: ignore[misc]
     assert_close(dict(run.params), params, rtol=0, atol=1e-9)
     assert run.curve[-1].quality["all"].loss < run.curve[0].quality["all"].loss
+
+
+@pytest.mark.parametrize("options", [SYNC, ASYNC])
+def test_no_example_of_a_client_counts_twice(options: Any) -> None:
+    """Four steps of 8 of 10 examples are four of the same 8, as in federated averaging, not 32 examples."""
+    run = simulation(task(clients=5, each=10), steps=3)
+    run.run(options)
+    members = [member for seen in of(run, "server") for member in seen.members]
+    assert {member.round for member in members} == {Round(8, 4, 8, 0.1)}
+    assert all(len(member.rows.unique()) == 8 for member in of(run, "server")[0].members)
 
 
 def test_the_time_of_a_round_is_that_of_its_messages() -> None:

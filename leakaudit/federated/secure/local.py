@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-
 from leakaudit.federated.options import SecureOptions
+from leakaudit.federated.participation import local_round
 from leakaudit.federated.population import Client
 from leakaudit.federated.secure.fixed_point import FixedPoint
 from leakaudit.federated.secure.ring import Vector
 from leakaudit.federated.simulation import Simulation
 from leakaudit.federated.trainer import Pending
-from leakaudit.rounds import Round
 from leakaudit.update import Update
 
 
@@ -21,9 +19,8 @@ def fixed_point(options: SecureOptions, clients: int) -> FixedPoint:
 
 def submit(options: SecureOptions, simulation: Simulation, client: Client) -> Pending:
     """The client's local steps from the server's present model, to be computed later."""
-    size = min(options.batch_size, client.examples)
-    rows = torch.cat([simulation.batch(client, size) for _ in range(options.local_steps)])
-    round = Round(len(rows), options.local_steps, size, options.learning_rate)
+    round = local_round(client.examples, options.batch_size, options.learning_rate, options.local_steps)
+    rows = simulation.batch(client, round.num_examples)
     return simulation.trainer.submit(simulation.params, round, rows)
 
 
