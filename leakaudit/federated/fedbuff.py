@@ -62,6 +62,22 @@ def run(options: FedBuff, simulation: Simulation) -> Generator[Any, Any, None]:
     dispatcher, server = Dispatcher(options, simulation), Server(options, simulation)
     working: list[Assignment] = []
     buffer: list[Report] = []
+    try:
+        yield from _train(options, simulation, dispatcher, server, working, buffer)
+    finally:
+        dispatcher.call_back(working, UNFINISHED)
+        simulation.count(UNFINISHED, len(buffer))
+
+
+def _train(
+    options: FedBuff,
+    simulation: Simulation,
+    dispatcher: Dispatcher,
+    server: Server,
+    working: list[Assignment],
+    buffer: list[Report],
+) -> Generator[Any, Any, None]:
+    """Until the run is done; `working` and `buffer` hold what is under way."""
     in_vain = 0
     while not simulation.done:
         away = {assignment.client.index for assignment in working}
@@ -81,11 +97,10 @@ def run(options: FedBuff, simulation: Simulation) -> Generator[Any, Any, None]:
             buffer.append(report)
             if len(buffer) == options.buffer:
                 server.apply(buffer, weights(options, buffer))
-                buffer, in_vain = [], 0
+                buffer.clear()
+                in_vain = 0
         if in_vain >= options.patience * options.concurrency:
             raise InputError(_hopeless(options, simulation))
-    dispatcher.call_back(working, UNFINISHED)
-    simulation.count(UNFINISHED, len(buffer))
 
 
 def weights(options: FedBuff, buffer: list[Report]) -> list[float]:

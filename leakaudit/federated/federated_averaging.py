@@ -20,6 +20,7 @@ from leakaudit.federated.participation import (
     CANCELLED,
     DISCARDED,
     TOO_LATE,
+    UNFINISHED,
     Dispatcher,
     Report,
     Server,
@@ -54,7 +55,12 @@ def _round(
     working = dispatcher.send_out(simulation.clients, asked(options))
     reports: list[Report] = []
     while working and len(reports) < options.cohort and not deadline.processed:
-        back = yield from dispatcher.wait(working, deadline)
+        try:
+            back = yield from dispatcher.wait(working, deadline)
+        except GeneratorExit:
+            dispatcher.call_back(working, UNFINISHED)
+            simulation.count(UNFINISHED, len(reports))
+            raise
         for assignment in back:
             if len(reports) == options.cohort:
                 break

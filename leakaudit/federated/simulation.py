@@ -122,9 +122,13 @@ class Simulation:
         except ValueError as error:
             raise InputError(str(error)) from error
         self._measure()
-        process = self.env.process(options.run(self))
+        system = options.run(self)
+        process = self.env.process(system)
         stop = process if self.limits.seconds is None else process | self.env.timeout(self.limits.seconds)
-        self.env.run(until=stop)
+        try:
+            self.env.run(until=stop)
+        finally:
+            system.close()  # it is told of an end that is not its own, by GeneratorExit
         if self.curve[-1].step != self.step:
             self._measure()
 

@@ -191,6 +191,15 @@ def test_options_that_cannot_be(wrong: dict[str, object], message: str) -> None:
         FedBuff(**wrong)  # type: ignore[arg-type]
 
 
+def test_who_is_away_when_the_time_is_up_is_unfinished() -> None:
+    """Clients of 1 second train three at a time, K = 2, until 2.5 s: 6 reports, all applied, and 3 on their way."""
+    run = simulation(paced(1.0, 1.0, 1.0, 1.0), steps=9)
+    run.limits = Limits(steps=9, seconds=2.5)
+    run.run(FedBuff(buffer=2, concurrency=3, local_steps=1))
+    assert fates(run) == {"contributed": 6, "unfinished": 3}
+    assert everyone_is_accounted_for(run)
+
+
 def test_a_buffer_larger_than_the_population() -> None:
     with pytest.raises(InputError, match="buffer must be at most the 4 clients, got 5"):
         simulation().run(FedBuff(buffer=5))

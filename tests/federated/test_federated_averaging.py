@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from leakaudit.errors import InputError
 from leakaudit.federated.acceptance import RefusedUpdate, accept
 from leakaudit.federated.cost import dense_bytes
-from leakaudit.federated.options import CutOff, FederatedAveraging, LocalTraining, OverSelection
+from leakaudit.federated.options import CutOff, FederatedAveraging, OverSelection
 from leakaudit.federated.participation import local_round
 from leakaudit.federated.seen import Seen
 from leakaudit.federated.simulation import Limits, Simulation
@@ -81,15 +81,14 @@ def test_what_is_seen_is_what_torchs_own_sgd_makes_of_the_members(local: dict[st
 def test_the_round_of_a_client_takes_full_batches_of_its_own_data(
     examples: int, steps: int, batch: int | None
 ) -> None:
-    options = LocalTraining(local_steps=steps, batch_size=batch)
-    made = local_round(options, examples)
+    made = local_round(examples, batch, 0.1, steps)
     assert 1 <= made.num_examples <= examples
     assert made.local_steps == steps
     assert {len(made.batch(step)) for step in range(steps)} == {min(batch or examples, examples)}
     assert made.examples_used == made.num_examples
-    kinds = {local_round(options, n) for n in range(batch or 1, 500)}
+    kinds = {local_round(n, batch, 0.1, steps) for n in range(batch or 1, 500)}
     assert batch is None or len(kinds) <= steps
-    epochs = local_round(LocalTraining(local_epochs=3, batch_size=batch), examples)
+    epochs = local_round(examples, batch, 0.1, steps, epochs=3)
     assert epochs.local_steps * epochs.batch_size == 3 * epochs.num_examples
     assert epochs.num_examples > examples - (batch or 1)
 
@@ -133,6 +132,15 @@ def test_too_few_reports_abandon_a_round() -> None:
     assert abandoned > 0, "else another seed shows more"
     assert run.env.now == 4 * 2.0 + abandoned * (2.5 + 10.0)
     assert fates(run) == {"contributed": 8, "too late": abandoned, "discarded": abandoned}
+
+
+def test_who_is_away_when_the_time_is_up_is_unfinished() -> None:
+    """Of 1, 2 and 3 seconds: one round of 3 s, then one report of the second round until 4.5 s, and two to come."""
+    run = simulation(paced(1.0, 2.0, 3.0), steps=9)
+    run.limits = Limits(steps=9, seconds=4.5)
+    run.run(FederatedAveraging(cohort=3, local_steps=1))
+    assert fates(run) == {"contributed": 3, "unfinished": 3}
+    assert everyone_is_accounted_for(run)
 
 
 @pytest.mark.parametrize("seconds", [None, 1e9])
