@@ -151,6 +151,13 @@ def test_poisson_sampling_takes_every_example_at_its_rate() -> None:
     assert bool((parts.sum(0).round() == 0).any())  # an empty batch came, and was survived
 
 
+def test_the_rate_of_a_cohort_is_that_of_the_client_with_fewest_examples() -> None:
+    """Batches of 10: of 10 examples each takes part for certain, and no bound may count on a rate of 0.1."""
+    defense = DPSGD(noise_multiplier=1.0, poisson=True)
+    assert defense.rate(Round(110, 1, 10, clients=2, sizes=(100, 10))) == 1.0
+    assert defense.rate(Round(200, 1, 10, clients=2)) == 0.1
+
+
 def test_an_empty_batch_is_noise_only() -> None:
     defense = DPSGD(noise_multiplier=0.5, max_grad_norm=0.4, poisson=True, sample_rate=1e-9)
     found = made(defense, Round(4), victim_of("mlp")).flat()

@@ -106,8 +106,11 @@ class DPSGD(Defense):
         return self.rate(round) if self.poisson else None
 
     def rate(self, round: Round) -> float:
-        """With `poisson`, the probability of an example to take part in a local step; else the share of one."""
-        return self.sample_rate or round.batch_size / round.own_examples
+        """With `poisson`, the probability of an example to take part in a local step; else the share of one.
+
+        Of several clients the largest, that of the one with fewest examples.
+        """
+        return self.sample_rate or max(own.batch_size / own.num_examples for own in round.each())
 
     def expected_batch(self, round: Round) -> float:
         return self.rate(round) * round.own_examples
