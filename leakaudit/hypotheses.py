@@ -117,7 +117,8 @@ def _plausible_steps(view: View) -> list[int]:
     rank = effective_rank(head.weight_gradient, head.epsilon)
     if rank >= min(head.weight_gradient.shape[0] - 1, head.weight_gradient.shape[1]):
         return list(STEPS)
-    return [count for count in STEPS if count * view.round.batch_size >= rank] or list(STEPS)
+    used = sum(own.batch_size for own in view.round.each())
+    return [count for count in STEPS if count * used >= rank] or list(STEPS)
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,12 @@ def test_too_few_steps_for_the_rank_are_not_tried(steps: int, count: int, size: 
     assert (1 in possible) == (steps == 1)
 
 
+def test_the_examples_of_all_clients_count_for_the_rank() -> None:
+    view = unsaid_steps(1, 0.1, 3)
+    cohort = dataclasses.replace(view, round=Round(3, clients=3))
+    assert _plausible_steps(cohort)[0] == _plausible_steps(view)[0] == 1
+
+
 def test_a_close_call_is_a_doubt_about_the_audit() -> None:
     close = (Hypothesis("eval", 1, 0.13), Hypothesis("eval", 3, 0.15), Hypothesis("eval", 2, math.inf))
     (finding,) = _hypothesis_findings(Sweep(close, 3))

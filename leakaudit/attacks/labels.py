@@ -300,9 +300,13 @@ def _inference(counts: Tensor, method: str, error: Tensor) -> LabelInference:
 
 
 def _divisor(view: View, count: int) -> float:
-    """What makes a per-example mean of the observed sum: local steps and, for a summed loss, examples."""
-    examples = min(count, view.round.local_batch_size or count)
-    return view.round.local_steps * (examples if view.victim.loss_function is cross_entropy_sum else 1)
+    """What makes a per-example mean of the observed sum: local steps, the clients' weights and,
+    for a summed loss, a client's examples."""
+    own = max(1, count // view.round.clients)
+    examples = min(own, view.round.local_batch_size or own)
+    weight = sum(view.round.each_weight())
+    steps = view.round.local_steps * (weight if weight > 0 else 1.0)
+    return steps * (examples if view.victim.loss_function is cross_entropy_sum else 1)
 
 
 def _without(values: Tensor, index: int) -> Tensor:

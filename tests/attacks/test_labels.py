@@ -115,6 +115,18 @@ def test_counts_of_a_fedavg_delta(photos: Tensor) -> None:
         assert found.labels.tolist() == y.sort().values.tolist()
 
 
+@pytest.mark.parametrize(("reduction", "weights"), [("sum", None), ("mean", (0.4,) * 4)])
+def test_counts_of_a_sum_over_clients(
+    photos: Tensor, reduction: str, weights: tuple[float, ...] | None
+) -> None:
+    """Of a summed loss a client's own examples count, and weights need not come to one."""
+    torch.manual_seed(0)
+    x, y = batch(photos, 8, 10, 0)
+    view = make_view(convnet(10), x, y, 10, reduction=reduction, clients=4, weights=weights)  # type: ignore[arg-type]
+    found = infer_labels(view, fork(0, "labels"))
+    assert found.labels.tolist() == y.sort().values.tolist()
+
+
 def test_a_convolutional_head_gives_one_label(photos: Tensor) -> None:
     torch.manual_seed(0)
     module = fully_convolutional(10)
