@@ -22,9 +22,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,16 +31,17 @@ from torch import Tensor
 from leakaudit import __version__
 from leakaudit.atomic import sha256_of, write_atomically
 from leakaudit.auditing import environment
-from leakaudit.data import PrivateBatch
 from leakaudit.defenses.naming import Parts, parse_all
 from leakaudit.errors import InputError
 from leakaudit.federated.options import SYSTEMS, SystemOptions
 from leakaudit.federated.population import Client, PopulationOptions, draw_population
+from leakaudit.federated.recording import ViewWriter
 from leakaudit.federated.seen import Observation, Seen
 from leakaudit.federated.simulation import Limits, Message, Point, Simulation
 from leakaudit.federated.task import Task
 from leakaudit.federated.trainer import Trainer
 from leakaudit.federated.training import Examples, split
+from leakaudit.federated.views import ViewRecord
 from leakaudit.formats.checkpoint import parameters_sha256, save_checkpoint
 from leakaudit.formats.phrases import counted
 from leakaudit.media import medium_of
@@ -66,9 +66,6 @@ from leakaudit.simulation_results import (
 )
 from leakaudit.spec import described, format_spec, parse
 from leakaudit.subject import pick_device, private_source
-
-if TYPE_CHECKING:
-    from leakaudit.text_data import PrivateText
 
 LOGGED = 1_000_000
 """Messages on the network that are kept."""
@@ -231,7 +228,7 @@ def load_world(scenario: Scenario) -> World:
         examples.rows(dealt.inside),
         dealt.clients,
         examples.rows(dealt.outside),
-        _chosen(data, dealt.inside),
+        data.rows(dealt.inside.tolist()),
         dealt.groups,
     )
     return World(scenario, task, parts, (*data.notes, *_deviations(victim)), _files(scenario, source))
@@ -343,14 +340,6 @@ def _groups(clients: Sequence[Client], held: Sequence[int]) -> dict[str, Tensor]
     return {name: rows for name, rows in groups.items() if len(rows)}
 
 
-def _chosen(data: PrivateBatch | PrivateText, rows: Tensor) -> PrivateBatch | PrivateText:
-    names = tuple(data.names[row] for row in rows.tolist())
-    if isinstance(data, PrivateBatch):
-        return replace(data, pixels=data.pixels[rows], labels=data.labels[rows], names=names)
-    texts = tuple(data.texts[row] for row in rows.tolist())
-    return replace(data, tokens=data.tokens[rows], labels=data.labels[rows], texts=texts, names=names)
-
-
 def _deviations(victim: Victim) -> Iterable[str]:
     if victim.batch_norms():
         yield (
@@ -383,30 +372,23 @@ def _limits(scenario: Scenario) -> Limits:
 # ------------------------------------------------------------------ what is seen
 
 
-class Writer(Protocol):
-    """Makes files of observations; its records name them, relative to the run's folder (update, model, truth)."""
-
-    def write(self, observation: Observation) -> None: ...
-
-    def records(self) -> Sequence[Any]: ...
-
-
 class Recorder:
     """Writes what is seen at the wanted steps, of single clients a few a step and role, and lists it.
 
     Args:
-        make: gives what makes the files, see `leakaudit.federated.recording`; called when something is seen.
+        make: gives what makes the files; called when something is seen.
         folder: of the run, for the commands that attack the views.
         world: says which steps and how many, and has the clients' defenses, which the system knows nothing of.
     """
 
-    def __init__(self, make: Callable[[], Writer], folder: Path, world: World) -> None:
+    def __init__(self, make: Callable[[], ViewWriter], folder: Path, world: World) -> None:
         scenario = world.scenario
         self.wants = recorded_steps(scenario.record, scenario.steps)
         self._make, self._folder, self._model = make, folder, scenario.model
         self._singles = scenario.record_clients
         self._defenses = tuple(spec for spec, _ in world.parts)
-        self._writer: Writer | None = None
+        self._remembers = any(defense.remembers for _, defense in world.parts)
+        self._writer: ViewWriter | None = None
         self._written: Counter[tuple[int, str]] = Counter()
         self.views: list[RecordedView] = []
         self.left_out = 0
@@ -418,12 +400,16 @@ class Recorder:
                 self.left_out += 1
                 return
             self._written[place] += 1
-        told = replace(observation, defenses=(*self._defenses, *observation.defenses))
+        told = replace(
+            observation,
+            defenses=(*self._defenses, *observation.defenses),
+            exact=observation.exact and not (self._remembers and observation.step),
+        )
         self._writer = self._writer or self._make()
         self._writer.write(told)
         self.views.append(self._view(told, self._writer.records()[-1]))
 
-    def _view(self, observation: Observation, record: Any) -> RecordedView:
+    def _view(self, observation: Observation, record: ViewRecord) -> RecordedView:
         return RecordedView(
             name=record.name,
             role=observation.role,
@@ -433,23 +419,22 @@ class Recorder:
             clients=[member.client for member in observation.members],
             examples=sum(len(member.rows) for member in observation.members),
             staleness=max((member.staleness for member in observation.members), default=0),
-            exact=observation.exact,
+            exact=record.exact,
             defenses=list(observation.defenses),
             note=record.note,
             command="" if record.update is None else self._command(record),
         )
 
-    def _command(self, record: Any) -> str:
-        words = ["leakaudit", "attack", str(self._folder / record.update), "--model", self._model]
-        words += ["--checkpoint", str(self._folder / record.model)]
+    def _command(self, record: ViewRecord) -> str:
+        words = ["leakaudit", "attack", str(self._folder / str(record.update)), "--model", self._model]
+        words += ["--checkpoint", str(self._folder / str(record.model))]
         if record.truth is not None:
             words += ["--truth", str(self._folder / record.truth)]
         return shlex.join([*words, "--out", str(self._folder / "attacks" / record.name)])
 
 
-def _writer(folder: Path, world: World, system: System) -> Writer:
-    make: Callable[..., Writer] = import_module("leakaudit.federated.recording").ViewWriter
-    return make(folder, world.task, world.scenario.model, system.name)
+def _writer(folder: Path, world: World, system: System) -> ViewWriter:
+    return ViewWriter(folder, world.task, world.scenario.model, system.name)
 
 
 # ------------------------------------------------------------------ what comes out

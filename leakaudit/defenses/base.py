@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ class Defense(ABC):
     Only `wrap` is needed.  A defense that changes what the client does before there is an update overrides
     `round` or `victim`; one whose knowledge helps the adversary overrides `adapt`.
     """
+
+    remembers: ClassVar[bool] = False
+    """Whether a client's update holds more than its round after the first of a `training`: a residual."""
 
     @abstractmethod
     def wrap(self, client: ClientUpdate, generator: torch.Generator) -> ClientUpdate:

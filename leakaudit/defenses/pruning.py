@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -121,6 +121,7 @@ class DeepGradientCompression(Defense):
             so an update is behind `rounds` times as many.
     """
 
+    remembers: ClassVar[bool] = True
     keep: float = 0.01
     momentum: float = 0.9
     clip: float | None = None

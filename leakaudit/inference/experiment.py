@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -186,7 +186,7 @@ class _Session:
         members, truth = self._batch(question, trial)
         seed = fork(self.plan.seed, f"infer/{question}/{trial}").initial_seed()
         captured = capture(
-            self.victim, _rows(self.data, members), self.round, defenses=self.defenses, seed=seed
+            self.victim, self.data.rows(members.tolist()), self.round, defenses=self.defenses, seed=seed
         )
         view = observe(self.victim, captured, self.defenses)
         for item in asked:
@@ -284,16 +284,6 @@ def _evidence(
         trait = plan.trait or next(iter(traits_of(victim)))
         flags = has_trait(victim, pool, trait)[candidates:].cpu()
     return pool, Evidence(pool.take(torch.arange(candidates)), own, flags)
-
-
-def _rows(data: Any, rows: Tensor) -> Any:
-    """The records at these positions, in this order, as a private batch."""
-    names = tuple(data.names[row] for row in rows.tolist())
-    if isinstance(data, PrivateBatch):
-        return replace(data, pixels=data.pixels[rows], labels=data.labels[rows], names=names)
-    texts = tuple(data.texts[row] for row in rows.tolist())
-    chosen = replace(data, tokens=data.tokens[rows], labels=data.labels[rows], texts=texts, names=names)
-    return chosen.part(0, len(rows))
 
 
 def _notes(round: Round) -> list[str]:
