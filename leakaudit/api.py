@@ -20,9 +20,9 @@ from torch import nn
 from leakaudit.atomic import sha256_of, writable_folder, write_atomically
 from leakaudit.auditing import Settings, Subject
 from leakaudit.auditing import audit as run_audit
-from leakaudit.capture import Captured, capture, steps_of_epochs, write_captured
+from leakaudit.capture import Captured, capture, round_of, write_captured
 from leakaudit.data import PrivateBatch
-from leakaudit.defenses.naming import Parts, parse_all
+from leakaudit.defenses.naming import defended, parse_all
 from leakaudit.errors import InputError
 from leakaudit.execution import OnProgress, Plan, choose
 from leakaudit.formats.checkpoint import save_checkpoint
@@ -338,8 +338,8 @@ def capture_update(
     source = private_source(model, data, text, max_length)
     _check_targets(out, truth, save_model)
     parts = parse_all(defenses)
-    asked = _round(batch_size, num_examples, local_steps, epochs, learning_rate)
-    round = _defended(asked, parts)
+    asked = round_of(batch_size, num_examples, local_steps, epochs, learning_rate)
+    round = defended(asked, parts)
     victim = load_victim(
         model,
         checkpoint=checkpoint,
@@ -397,41 +397,6 @@ def _write(
         medium_of(victim).save_truth(truth, batch)
         lines.append(f"Truth: {truth} (keep it to yourself)")
     return lines
-
-
-def _round(
-    batch_size: int,
-    num_examples: int | None,
-    local_steps: int | None,
-    epochs: int | None,
-    learning_rate: float | None,
-) -> Round:
-    if local_steps is not None and epochs is not None:
-        raise InputError(f"local steps {local_steps} and epochs {epochs} given; accepted is one of them")
-    count = batch_size if num_examples is None else num_examples
-    steps = steps_of_epochs(epochs, count, batch_size) if epochs is not None else local_steps
-    steps = 1 if steps is None else steps
-    if steps > 1 and learning_rate is None:
-        raise InputError(f"{steps} local steps need a learning rate")
-    try:
-        return Round(
-            num_examples=count,
-            local_steps=steps,
-            local_batch_size=batch_size if batch_size < count else None,
-            learning_rate=1.0 if learning_rate is None else learning_rate,
-        )
-    except ValueError as error:
-        raise InputError(str(error)) from error
-
-
-def _defended(round: Round, parts: Parts) -> Round:
-    """What the client does instead of `round`; `InputError` where a defense cannot do that."""
-    for spec, defense in parts:
-        try:
-            round = defense.round(round)
-        except ValueError as error:
-            raise InputError(f"defense {spec!r}: {error}") from error
-    return round
 
 
 def _in_words(round: Round) -> str:

@@ -18,6 +18,7 @@ from leakaudit.defenses import Defense, apply
 from leakaudit.defenses.noise import Noise
 from leakaudit.errors import InputError
 from leakaudit.formats.checkpoint import parameters_sha256
+from leakaudit.formats.loading import SharedUpdate
 from leakaudit.formats.manifest import Manifest, build_manifest
 from leakaudit.formats.phrases import counted
 from leakaudit.formats.writing import CREATED_BY, write_update
@@ -94,6 +95,22 @@ def capture(
     )
 
 
+def as_shared(captured: Captured, victim: Victim) -> SharedUpdate:
+    """What was captured as whoever reads its file gets it, on the victim's device."""
+    update = captured.update.to(victim.device)
+    return SharedUpdate(
+        update=update,
+        manifest=captured.manifest,
+        buffers=captured.buffers,
+        has_scale=True,
+        missing=tuple(name for name in victim.params if name not in update),
+        notes=(),
+        dtypes=dict.fromkeys(update, "float32"),
+        sha256="",
+        raw=update,
+    )
+
+
 def refuse_idle_examples(round: Round) -> None:
     """`InputError` where no step uses an example: it leaves no trace in the update, yet the truth would list it."""
     count, size = round.num_examples, round.batch_size
@@ -130,6 +147,38 @@ def steps_of_epochs(epochs: int, num_examples: int, local_batch_size: int | None
             f"epochs={epochs}, num_examples={num_examples}, local_batch_size={size}: accepted are 1 and above"
         )
     return epochs * -(-num_examples // size)
+
+
+def round_of(
+    batch_size: int,
+    num_examples: int | None,
+    local_steps: int | None,
+    epochs: int | None,
+    learning_rate: float | None,
+) -> Round:
+    """The round of one client by its options; `InputError` where they do not fit together.
+
+    Args:
+        num_examples: None for one batch.
+        local_steps or epochs: 1 step unless one of them is given.
+        learning_rate: needed for several steps.
+    """
+    if local_steps is not None and epochs is not None:
+        raise InputError(f"local steps {local_steps} and epochs {epochs} given; accepted is one of them")
+    count = batch_size if num_examples is None else num_examples
+    steps = steps_of_epochs(epochs, count, batch_size) if epochs is not None else local_steps
+    steps = 1 if steps is None else steps
+    if steps > 1 and learning_rate is None:
+        raise InputError(f"{steps} local steps need a learning rate")
+    try:
+        return Round(
+            num_examples=count,
+            local_steps=steps,
+            local_batch_size=batch_size if batch_size < count else None,
+            learning_rate=1.0 if learning_rate is None else learning_rate,
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def manifest_fields(

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from leakaudit.errors import InputError
 from leakaudit.inference_results import INFERENCE_NAME, RATE_WORDS, InferenceOutcome, InferenceResult, Rate
+from leakaudit.progress import trial_bar
 from leakaudit.spec import suggest
+from leakaudit.units import parse_shape
 
 if TYPE_CHECKING:
-    from leakaudit.inference.experiment import OnTrial
+    pass
 
 
 def infer(
@@ -113,7 +112,7 @@ def infer(
             learning_rate=learning_rate,
             mode=cast(Any, mode),
             normalisation=normalisation,
-            input_shape=_shape(input_shape),
+            input_shape=None if input_shape is None else parse_shape(input_shape),
             num_classes=num_classes,
             defenses=defense or (),
             candidates=candidates,
@@ -131,15 +130,6 @@ def infer(
         )
     print_inference(result, Console(), out)
     raise typer.Exit(result.exit_code)
-
-
-@contextmanager
-def trial_bar(console: Console) -> Iterator[OnTrial]:
-    """Yields the callback that counts updates, with the time left; shown on a terminal only."""
-    columns = (TextColumn("updates"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("updates", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def print_inference(result: InferenceResult, console: Console, folder: Path | None = None) -> None:
@@ -190,15 +180,3 @@ def _reasons(outcome: InferenceOutcome) -> list[str]:
     if outcome.skipped:
         return [f"not run: {outcome.skipped}"]
     return [f"{RATE_WORDS[rate.name]} {rate.reason}" for rate in outcome.rates if rate.reason]
-
-
-def _shape(text: str | None) -> tuple[int, int, int] | None:
-    if text is None:
-        return None
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        numbers = []
-    if len(numbers) != 3 or min(numbers) < 1:
-        raise InputError(f"input shape {text!r} is not C,H,W with positive numbers, such as 3,32,32")
-    return numbers[0], numbers[1], numbers[2]

@@ -54,6 +54,9 @@ def progress_bar(console: Console) -> Iterator[OnProgress]:
 OnStep = Callable[[int, int, float], None]
 """Called with (steps done, steps at most, held-out loss)."""
 
+OnTrial = Callable[[int, int], None]
+"""Called with (updates judged, updates in all)."""
+
 
 @contextmanager
 def simulation_bar(console: Console) -> Iterator[Callable[[str], OnStep]]:
@@ -79,6 +82,15 @@ def simulation_bar(console: Console) -> Iterator[Callable[[str], OnStep]]:
             return report
 
         yield begin
+
+
+@contextmanager
+def trial_bar(console: Console) -> Iterator[OnTrial]:
+    """Yields the callback that counts updates, with the time left; shown on a terminal only."""
+    columns = (TextColumn("updates"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("updates", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 @contextmanager

@@ -12,6 +12,8 @@ from dataclasses import fields, replace
 from itertools import product
 
 from leakaudit.defenses import DEFENSES, Defense, adapt
+from leakaudit.errors import InputError
+from leakaudit.rounds import Round
 from leakaudit.spec import format_spec, parse
 from leakaudit.sweep_results import NO_DEFENSE
 from leakaudit.threat import View, known
@@ -51,6 +53,16 @@ def _spelt(name: str, defense: Defense) -> str:
         return spec
     stated = f"{name}:{first}={getattr(defense, first)}"
     return stated + ("," + spec.partition(":")[2] if ":" in spec else "")
+
+
+def defended(round: Round, parts: Parts) -> Round:
+    """What the client does instead of `round`; `InputError` where a defense cannot do that."""
+    for spec, defense in parts:
+        try:
+            round = defense.round(round)
+        except ValueError as error:
+            raise InputError(f"defense {spec!r}: {error}") from error
+    return round
 
 
 def format_defense(parts: Parts) -> str:

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import datetime
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from leakaudit.capture import Captured, capture
+from leakaudit.capture import Captured, as_shared, capture
 from leakaudit.data import PrivateBatch
-from leakaudit.defenses.naming import Parts, adapted
+from leakaudit.defenses.naming import Parts, adapted, defended
 from leakaudit.errors import InputError
-from leakaudit.formats.loading import SharedUpdate
 from leakaudit.formats.phrases import counted
 from leakaudit.inference import INFERENCES
 from leakaudit.inference.base import Evidence, Inference, Question, Records
@@ -33,6 +32,7 @@ from leakaudit.inference_results import (
 )
 from leakaudit.media import medium_of
 from leakaudit.models.victim import Victim
+from leakaudit.progress import OnTrial
 from leakaudit.randomness import fork
 from leakaudit.results import ModelSummary, RoundSummary
 from leakaudit.rounds import Round
@@ -42,9 +42,6 @@ from leakaudit.threat import View, see
 
 MEMBERSHIP = ("membership-likelihood", "membership-gradient", "membership-loss")
 """What is asked of images unless somebody says otherwise; of text `membership-words` too."""
-
-OnTrial = Callable[[int, int], None]
-"""Called with (updates judged, updates in all)."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +110,7 @@ def infer_membership(
     plan = plan or Plan()
     began = time.monotonic()
     limits = parse_limits(plan.policy) if plan.policy else ()
-    round = _defended(round, defenses)
+    round = defended(round, defenses)
     asked = _parse(plan.attacks or default_attacks(victim))
     pool, evidence = _evidence(victim, data, round, plan, asked)
     session = _Session(victim, data, pool, evidence, round, defenses, plan)
@@ -154,19 +151,7 @@ def default_attacks(victim: Victim) -> tuple[str, ...]:
 
 def observe(victim: Victim, captured: Captured, defenses: Parts) -> View:
     """What an adversary sees of a capture who knows the defenses, their options, and the round."""
-    update = captured.update.to(victim.device)
-    shared = SharedUpdate(
-        update=update,
-        manifest=captured.manifest,
-        buffers=captured.buffers,
-        has_scale=True,
-        missing=tuple(name for name in victim.params if name not in update),
-        notes=(),
-        dtypes=dict.fromkeys(update, "float32"),
-        sha256="",
-        raw=update,
-    )
-    return adapted(see(victim, shared), defenses)
+    return adapted(see(victim, as_shared(captured, victim)), defenses)
 
 
 @dataclass(frozen=True)
@@ -250,15 +235,6 @@ def _parse(specs: Sequence[str]) -> list[Asked]:
         Asked(spec.partition(":")[0].strip(), parse(spec, INFERENCES, "inference"))
         for spec in dict.fromkeys(specs)
     ]
-
-
-def _defended(round: Round, defenses: Parts) -> Round:
-    for spec, defense in defenses:
-        try:
-            round = defense.round(round)
-        except ValueError as error:
-            raise InputError(f"defense {spec!r}: {error}") from error
-    return round
 
 
 def _evidence(

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from leakaudit.atomic import writable_folder, write_atomically
-from leakaudit.capture import refuse_idle_examples, steps_of_epochs
+from leakaudit.capture import refuse_idle_examples, round_of
 from leakaudit.defenses.naming import parse_all
 from leakaudit.errors import InputError
-from leakaudit.inference.experiment import OnTrial, Plan, infer_membership
+from leakaudit.inference.experiment import Plan, infer_membership
 from leakaudit.inference_results import INFERENCE_NAME, InferenceResult, parse_limits
 from leakaudit.media import medium_of
 from leakaudit.models.victim import Mode
 from leakaudit.models.zoo import load_victim, parse_normalisation
-from leakaudit.rounds import Round
+from leakaudit.progress import OnTrial
 from leakaudit.subject import pick_device, private_source
 
 
@@ -69,7 +69,8 @@ def infer(
         parse_limits(policy)
     path = None if out is None else _target(out, force)
     parts = parse_all(defenses)
-    round = _round(batch_size, num_examples, local_steps, epochs, learning_rate)
+    round = round_of(batch_size, num_examples, local_steps, epochs, learning_rate)
+    refuse_idle_examples(round)
     try:
         plan = Plan(tuple(attacks), candidates, reference, trials, trait, policy, seed, command)
     except ValueError as error:
@@ -99,30 +100,3 @@ def _target(out: str | Path, force: bool) -> Path:
     if path.exists() and not force:
         raise InputError(f"{path} exists; pass --force to overwrite it, or choose another folder")
     return path
-
-
-def _round(
-    batch_size: int,
-    num_examples: int | None,
-    local_steps: int | None,
-    epochs: int | None,
-    learning_rate: float | None,
-) -> Round:
-    if local_steps is not None and epochs is not None:
-        raise InputError(f"local steps {local_steps} and epochs {epochs} given; accepted is one of them")
-    count = batch_size if num_examples is None else num_examples
-    steps = steps_of_epochs(epochs, count, batch_size) if epochs is not None else local_steps
-    steps = 1 if steps is None else steps
-    if steps > 1 and learning_rate is None:
-        raise InputError(f"{steps} local steps need a learning rate")
-    try:
-        round = Round(
-            num_examples=count,
-            local_steps=steps,
-            local_batch_size=batch_size if batch_size < count else None,
-            learning_rate=1.0 if learning_rate is None else learning_rate,
-        )
-    except ValueError as error:
-        raise InputError(str(error)) from error
-    refuse_idle_examples(round)
-    return round

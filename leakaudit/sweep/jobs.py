@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,9 @@ from torch import Tensor
 
 from leakaudit.atomic import write_atomically
 from leakaudit.auditing import Settings, Subject, audit
-from leakaudit.capture import Captured, capture
+from leakaudit.capture import Captured, as_shared, capture
 from leakaudit.defenses.naming import Parts, parse_defense
 from leakaudit.execution import OUT_OF_TIME, Plan
-from leakaudit.formats.loading import SharedUpdate
 from leakaudit.inspection import Inspection
 from leakaudit.judgement import NOUNS
 from leakaudit.media import medium_of
@@ -175,18 +174,7 @@ def look(
     unaware = adversary == "oblivious" and bool(defenses)
     if unaware:
         manifest = manifest.model_copy(update={"defenses": None, "noise_std": None})
-    update = captured.update.to(victim.device)
-    shared = SharedUpdate(
-        update=update,
-        manifest=manifest,
-        buffers=captured.buffers,
-        has_scale=True,
-        missing=tuple(name for name in victim.params if name not in update),
-        notes=(),
-        dtypes=dict.fromkeys(update, "float32"),
-        sha256="",
-        raw=update,
-    )
+    shared = as_shared(replace(captured, manifest=manifest), victim)
     view = see(victim, shared, labels)
     return inspected(view, shared, () if unaware else defenses, seed, unaware=unaware)
 
