@@ -20,10 +20,11 @@ from leakaudit import __version__
 from leakaudit.atomic import write_atomically
 from leakaudit.errors import InputError
 from leakaudit.progress import OnStep
+from leakaudit.report.folder import REPORT_NAME
 from leakaudit.report.simulation_page import write_comparison_page
 from leakaudit.scenario import Scenario
 from leakaudit.simulating import System, World, check_options, load_world, run_in
-from leakaudit.simulation_folder import REPORT_NAME, open_folder, same_plan
+from leakaudit.simulation_folder import open_folder, same_plan
 from leakaudit.simulation_results import (
     COMPARISON_NAME,
     SIMULATION_NAME,

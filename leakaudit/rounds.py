@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from leakaudit.models.victim import Params, Victim
-from leakaudit.update import Update
+from leakaudit.update import Update, mean_of
 
 ClientUpdate = Callable[[Victim, Params, "Round", Tensor, Tensor], Update]
 
@@ -227,7 +227,7 @@ def weighted_update(
     parts = zip(bases, rounds, torch.split(x, sizes), torch.split(y, sizes), strict=True)
     updates = [client(victim, params, own, part, labels) for params, own, part, labels in parts]
     if round.weights is None:
-        return reduce(Update.__add__, updates) / round.clients
+        return mean_of(updates)
     weighted = (update * weight for update, weight in zip(updates, round.weights, strict=True))
     return reduce(Update.__add__, weighted)
 

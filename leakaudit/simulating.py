@@ -33,26 +33,29 @@ from leakaudit.atomic import sha256_of, write_atomically
 from leakaudit.auditing import environment
 from leakaudit.defenses.naming import Parts, parse_all
 from leakaudit.errors import InputError
+from leakaudit.federated.network import COLUMNS, NETWORK_NAME, Message
 from leakaudit.federated.options import SYSTEMS, SystemOptions
 from leakaudit.federated.population import Client, PopulationOptions, draw_population
 from leakaudit.federated.recording import ViewWriter
 from leakaudit.federated.seen import Observation, Seen
-from leakaudit.federated.simulation import Limits, Message, Point, Simulation
+from leakaudit.federated.simulation import Limits, Point, Simulation
 from leakaudit.federated.task import Task
 from leakaudit.federated.trainer import Trainer
 from leakaudit.federated.training import Examples, split
 from leakaudit.federated.views import ViewRecord
 from leakaudit.formats.checkpoint import parameters_sha256, save_checkpoint
 from leakaudit.formats.phrases import counted
+from leakaudit.formats.run_models import MODELS
 from leakaudit.media import medium_of
 from leakaudit.models.victim import Victim
 from leakaudit.models.zoo import LANGUAGE, load_victim, parse_normalisation
 from leakaudit.progress import OnStep
 from leakaudit.randomness import fork
+from leakaudit.report.folder import REPORT_NAME
 from leakaudit.report.simulation_page import write_simulation_page
 from leakaudit.rounds import ClientUpdate, Round, client_update
 from leakaudit.scenario import Scenario, recorded_steps
-from leakaudit.simulation_folder import CURVE_NAME, MODELS, NETWORK_NAME, REPORT_NAME, forget, open_folder
+from leakaudit.simulation_folder import CURVE_NAME, forget, open_folder
 from leakaudit.simulation_results import (
     ALL,
     SIMULATION_NAME,
@@ -539,7 +542,7 @@ def _curve_table(result: SimulationResult) -> bytes:
 
 def _network_table(messages: Sequence[Message]) -> bytes:
     rows = ([m.sent, m.received, m.sender, m.receiver, m.kind, m.size] for m in messages)
-    return _table(["sent", "received", "sender", "receiver", "kind", "bytes"], rows)
+    return _table(COLUMNS, rows)
 
 
 def _table(heading: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes:

@@ -9,13 +9,13 @@ from typing import Literal
 
 from leakaudit.atomic import writable_folder, write_atomically
 from leakaudit.errors import InputError
+from leakaudit.federated.network import NETWORK_NAME
+from leakaudit.formats.run_models import MODELS, TRUTH, VIEWS
+from leakaudit.report.folder import REPORT_NAME
 from leakaudit.simulation_results import COMPARISON_NAME, SIMULATION_NAME
 
 PLAN_NAME = "plan.json"
 CURVE_NAME = "curve.csv"
-NETWORK_NAME = "network.csv"
-REPORT_NAME = "report.html"
-MODELS, VIEWS, TRUTH = "models", "views", "truth"
 SCHEMA_VERSION = 1
 
 Kind = Literal["simulation", "comparison"]

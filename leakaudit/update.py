@@ -9,7 +9,8 @@ read (`leakaudit.formats`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -92,3 +93,8 @@ class Update(Mapping[str, Tensor]):
 
     def is_finite(self) -> bool:
         return all(bool(tensor.isfinite().all()) for tensor in self.values())
+
+
+def mean_of(updates: Sequence[Update]) -> Update:
+    """Of at least one update; all must hold the same names."""
+    return reduce(Update.__add__, updates) / len(updates)

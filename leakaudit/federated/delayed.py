@@ -32,8 +32,8 @@ from leakaudit.defenses.pruning import DeepGradientCompression, Memory
 from leakaudit.federated.exchange import EXCHANGES, Part
 from leakaudit.federated.options import DelayedSGD, Topology
 from leakaudit.federated.population import Client
-from leakaudit.federated.replay import MeanModel, accelerate, seer
-from leakaudit.federated.simulation import Simulation, descend
+from leakaudit.federated.replay import MeanModel, seer
+from leakaudit.federated.simulation import Simulation, accelerate, descend
 from leakaudit.models.victim import Params
 from leakaudit.rounds import Round
 from leakaudit.update import Update

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any
 
 import simpy
 from torch import Tensor
 
 from leakaudit.federated.cost import dense_bytes, sparse_bytes
+from leakaudit.federated.network import SERVER, Message
 from leakaudit.federated.population import Client
 from leakaudit.federated.scaling import Cost, all_gather, ring
-from leakaudit.federated.simulation import SERVER, Message, Simulation, name_of
-from leakaudit.update import Update
+from leakaudit.federated.simulation import Simulation, name_of
+from leakaudit.update import Update, mean_of
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Exchange:
         return [parts[client.index] for client in self._simulation.clients]
 
     def _average(self, parts: list[Part]) -> Update:
-        mean = reduce(Update.__add__, [part.sent for part in parts]) / len(parts)
+        mean = mean_of([part.sent for part in parts])
         self._on_mean(parts, mean)
         return mean
 

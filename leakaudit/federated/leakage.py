@@ -26,12 +26,11 @@ from leakaudit.report.folder import REPORT_NAME
 from leakaudit.report.leakage_page import write_leakage_page
 from leakaudit.report.leakage_summary import FIRST_SCORES
 from leakaudit.results import AuditResult, ExampleScores, Trial
+from leakaudit.simulation_results import SIMULATION_NAME
 from leakaudit.subject import pick_device
 from leakaudit.sweep_results import Example
 
 ROLES: tuple[Role, ...] = ("server", "peer", "network", "enclave-host")
-RUN_NAME = "run.json"
-"""The result of a simulated run, which says its system and its devices."""
 MASKED = "The party sees no client's update: there is nothing to invert."
 
 
@@ -168,7 +167,7 @@ def _planned(folder: Path, per_role: int) -> Iterator[Planned]:
     system = index.system or _stated(folder).get("system")
     if not isinstance(system, str):
         raise InputError(
-            f"{folder} does not say which training system it is of; accepted: a run with {RUN_NAME}"
+            f"{folder} does not say which training system it is of; accepted: a run with {SIMULATION_NAME}"
         )
     for role in ROLES:
         records = [record for record in index.views if record.role == role]
@@ -190,7 +189,7 @@ def worst_first(records: Sequence[ViewRecord]) -> list[ViewRecord]:
 def _stated(folder: Path) -> dict[str, object]:
     """What the run says of itself; empty where it says nothing that can be read."""
     try:
-        content = json.loads((folder / RUN_NAME).read_text(encoding="utf-8"))
+        content = json.loads((folder / SIMULATION_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

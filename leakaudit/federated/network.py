@@ -27,8 +27,8 @@ BYTES_A_VALUE = 8
 
 
 @dataclass(frozen=True)
-class Passed:
-    """One message as it passed by; times in seconds of the virtual clock."""
+class Message:
+    """What an observer of the network sees of one message; times are seconds of the virtual clock."""
 
     sent: float
     received: float
@@ -46,7 +46,7 @@ class Speeds:
     alike: bool
 
 
-def read_network(folder: Path) -> list[Passed] | None:
+def read_network(folder: Path) -> list[Message] | None:
     """All messages of a run; None where it logged none.  `InputError` for a file that is not such a table."""
     path = folder / NETWORK_NAME
     if not path.is_file():
@@ -63,14 +63,14 @@ def read_network(folder: Path) -> list[Passed] | None:
         raise InputError(f"{path} is not a table of messages: {error}") from error
 
 
-def _message(row: dict[str, str]) -> Passed:
+def _message(row: dict[str, str]) -> Message:
     sent, received = float(row["sent"]), float(row["received"])
     if not (math.isfinite(sent) and math.isfinite(received)):
         raise ValueError(f"time {row['sent']} to {row['received']}")
-    return Passed(sent, received, row["sender"], row["receiver"], row["kind"], int(float(row["bytes"])))
+    return Message(sent, received, row["sender"], row["receiver"], row["kind"], int(float(row["bytes"])))
 
 
-def infer(messages: Sequence[Passed], speeds: Speeds | None = None) -> list[str]:
+def infer(messages: Sequence[Message], speeds: Speeds | None = None) -> list[str]:
     """What sizes and times give away, in sentences.
 
     Args:
@@ -86,14 +86,14 @@ def infer(messages: Sequence[Passed], speeds: Speeds | None = None) -> list[str]
     return [*_participation(up), *_sizes(down, up), *_computing(down, up, speeds)]
 
 
-def _largest_kind(messages: Iterable[Passed]) -> list[Passed]:
-    kinds: dict[str, list[Passed]] = defaultdict(list)
+def _largest_kind(messages: Iterable[Message]) -> list[Message]:
+    kinds: dict[str, list[Message]] = defaultdict(list)
     for message in messages:
         kinds[message.kind].append(message)
     return max(kinds.values(), key=lambda group: max(m.size for m in group), default=[])
 
 
-def _among_peers(messages: Sequence[Passed]) -> list[str]:
+def _among_peers(messages: Sequence[Message]) -> list[str]:
     if not messages:
         return []
     workers = {m.sender for m in messages} | {m.receiver for m in messages}
@@ -103,14 +103,14 @@ def _among_peers(messages: Sequence[Passed]) -> list[str]:
     return [said + (f", every {median(pace):.3g} s." if pace else ".")]
 
 
-def _participation(up: Sequence[Passed]) -> list[str]:
+def _participation(up: Sequence[Message]) -> list[str]:
     counts = Counter(m.sender for m in up)
     least, most = min(counts.values()), max(counts.values())
     each = plural(most, "upload") if least == most else f"{least} to {plural(most, 'upload')}"
     return [f"{plural(len(counts), 'client')} took part, with {each} each."]
 
 
-def _sizes(down: Sequence[Passed], up: Sequence[Passed]) -> list[str]:
+def _sizes(down: Sequence[Message], up: Sequence[Message]) -> list[str]:
     model, update = median(m.size for m in down), median(m.size for m in up)
     share = update / model if model else 1.0
     if share >= SPARSE:
@@ -121,7 +121,7 @@ def _sizes(down: Sequence[Passed], up: Sequence[Passed]) -> list[str]:
     ]
 
 
-def _computing(down: Sequence[Passed], up: Sequence[Passed], speeds: Speeds | None) -> list[str]:
+def _computing(down: Sequence[Message], up: Sequence[Message], speeds: Speeds | None) -> list[str]:
     """How long clients computed, and how many steps that is."""
     seconds = {client: median(found) for client, found in _gaps(down, up).items()}
     if not seconds:
@@ -148,7 +148,7 @@ def _computing(down: Sequence[Passed], up: Sequence[Passed], speeds: Speeds | No
     ]
 
 
-def _gaps(down: Sequence[Passed], up: Sequence[Passed]) -> dict[str, list[float]]:
+def _gaps(down: Sequence[Message], up: Sequence[Message]) -> dict[str, list[float]]:
     """Client -> seconds from each download's end to the next upload's beginning."""
     gaps: dict[str, list[float]] = defaultdict(list)
     arrived: dict[str, float] = {}

@@ -69,6 +69,19 @@ def one_of(options: object, name: str, choices: Any) -> None:
         raise ValueError(f"{name} must be {' or '.join(accepted)}, got {getattr(options, name)}")
 
 
+def momentum_of(options: Any) -> None:
+    """`ValueError` unless `momentum` is in [0, 1)."""
+    if not 0 <= options.momentum < 1:
+        raise ValueError(f"momentum must be in [0, 1), got {options.momentum}")
+
+
+def at_most(options: object, clients: int, *names: str) -> None:
+    """`ValueError` where a field asks for more clients than there are."""
+    for name in names:
+        if getattr(options, name) > clients:
+            raise ValueError(f"{name} must be at most the {clients} clients, got {getattr(options, name)}")
+
+
 @dataclass(frozen=True)
 class SynchronousSGD(SystemOptions):
     """Synchronous SGD: every worker's gradient of one batch, averaged at every step."""
@@ -82,10 +95,8 @@ class SynchronousSGD(SystemOptions):
     def __post_init__(self) -> None:
         positive(self, "learning_rate")
         at_least(self, 1, "batch_size")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
-        if self.topology not in ("server", "all-reduce"):
-            raise ValueError(f"topology must be server or all-reduce, got {self.topology}")
+        momentum_of(self)
+        one_of(self, "topology", Topology)
 
 
 @dataclass(frozen=True)
@@ -122,7 +133,8 @@ class DelayedSGD(SystemOptions):
         positive(self, "learning_rate")
         at_least(self, 0, "delay")
         at_least(self, 1, "batch_size")
-        distributed(self.momentum, self.topology)
+        momentum_of(self)
+        one_of(self, "topology", Topology)
 
 
 @dataclass(frozen=True)
@@ -151,7 +163,8 @@ class AcrossTheWorld(SystemOptions):
         at_least(self, 1, "period", "batch_size")
         if not 0 < self.keep <= 1:
             raise ValueError(f"keep must be in (0, 1], got {self.keep}")
-        distributed(self.momentum, self.topology)
+        momentum_of(self)
+        one_of(self, "topology", Topology)
 
     def keep_at(self, step: int) -> float:
         """Share sent at a step, in (0, 1]: sparsity 75, 93.75, 98.4, 99.6 % during the warm-up, never beyond `keep`.
@@ -161,14 +174,6 @@ class AcrossTheWorld(SystemOptions):
         if step >= self.warmup:
             return self.keep
         return max(self.keep, 0.25 ** (1 + 4 * step // self.warmup))
-
-
-def distributed(momentum: float, topology: str) -> None:
-    """`ValueError` unless these are values of distributed training."""
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum must be in [0, 1), got {momentum}")
-    if topology not in ("server", "all-reduce"):
-        raise ValueError(f"topology must be server or all-reduce, got {topology}")
 
 
 DISTRIBUTED: dict[str, SystemOptions] = {
@@ -201,8 +206,7 @@ class LocalTraining(SystemOptions):
     def __post_init__(self) -> None:
         at_least(self, 1, "local_steps", "local_epochs", "batch_size", "patience")
         positive(self, "local_learning_rate", "server_learning_rate", "retry")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
+        momentum_of(self)
         one_of(self, "weighting", Weighting)
 
 
@@ -232,8 +236,7 @@ class FederatedAveraging(LocalTraining):
             raise ValueError(f"minimum must be at most the cohort of {self.cohort}, got {self.minimum}")
 
     def check(self, clients: int) -> None:
-        if self.cohort > clients:
-            raise ValueError(f"cohort must be at most the {clients} clients, got {self.cohort}")
+        at_most(self, clients, "cohort")
 
 
 @dataclass(frozen=True)
@@ -287,9 +290,7 @@ class FedBuff(LocalTraining):
             )
 
     def check(self, clients: int) -> None:
-        for name in ("buffer", "concurrency"):
-            if getattr(self, name) > clients:
-                raise ValueError(f"{name} must be at most the {clients} clients, got {getattr(self, name)}")
+        at_most(self, clients, "buffer", "concurrency")
 
 
 FEDERATED: dict[str, SystemOptions] = {
@@ -300,6 +301,8 @@ FEDERATED: dict[str, SystemOptions] = {
 }
 
 # --- secure aggregation: the server sees sums only ---
+
+Rounding = Literal["nearest", "stochastic"]
 
 
 @dataclass(frozen=True)
@@ -315,13 +318,12 @@ class SecureOptions(SystemOptions):
         8.0, "Largest magnitude of a number of the pseudo-gradient; larger ones are clamped."
     )
     modulus_bits: int = option(32, "Sums are modulo 2 to this power, 8 to 63.")
-    rounding: Literal["nearest", "stochastic"] = option("nearest", "nearest, or stochastic.")
+    rounding: Rounding = option("nearest", "nearest, or stochastic.")  # noqa: RUF009
 
     def __post_init__(self) -> None:
         positive(self, "learning_rate", "server_learning_rate")
         at_least(self, 1, "local_steps", "batch_size")
-        if self.rounding not in ("nearest", "stochastic"):
-            raise ValueError(f"rounding must be nearest or stochastic, got {self.rounding}")
+        one_of(self, "rounding", Rounding)
 
     def check_sum(self, clients: int) -> None:
         """`ValueError` where the sum of so many clients could wrap around, or the fixed point is none."""
@@ -337,7 +339,7 @@ class SecureSync(SecureOptions):
     module: ClassVar[str] = "leakaudit.federated.secure_sync"
     cohort: int = option(5, "Clients a round, at least 2.")
     threshold: int | None = option(None, "Who must be left in every round of the protocol; else 2/3 + 1.")
-    weighting: Literal["equal", "examples"] = option("equal", "Of clients: equal, or by examples.")
+    weighting: Weighting = option("equal", "Of clients: by their examples, or equal.")  # noqa: RUF009
     wait: float = option(1.0, "Seconds from an aborted round to the next.")
     patience: int = option(20, "Aborted rounds in a row before giving up.")
 
@@ -346,8 +348,7 @@ class SecureSync(SecureOptions):
         at_least(self, 2, "cohort")
         at_least(self, 1, "threshold", "patience")
         at_least(self, 0, "wait")
-        if self.weighting not in ("equal", "examples"):
-            raise ValueError(f"weighting must be equal or examples, got {self.weighting}")
+        one_of(self, "weighting", Weighting)
 
     @property
     def quorum(self) -> int:
@@ -357,8 +358,7 @@ class SecureSync(SecureOptions):
     def check(self, clients: int) -> None:
         from leakaudit.federated.secure.bonawitz import check_threshold
 
-        if self.cohort > clients:
-            raise ValueError(f"cohort must be at most the {clients} clients there are, got {self.cohort}")
+        at_most(self, clients, "cohort")
         check_threshold(self.quorum, self.cohort)
         self.check_sum(self.cohort)
 
@@ -386,11 +386,7 @@ class SecureAsync(SecureOptions):
             )
 
     def check(self, clients: int) -> None:
-        for name in ("buffer", "concurrency"):
-            if getattr(self, name) > clients:
-                raise ValueError(
-                    f"{name} must be at most the {clients} clients there are, got {getattr(self, name)}"
-                )
+        at_most(self, clients, "buffer", "concurrency")
         self.check_sum(self.buffer)
 
 

@@ -18,7 +18,7 @@ from leakaudit.federated.cost import dense_bytes
 from leakaudit.federated.options import LocalTraining, Weighting
 from leakaudit.federated.population import Client
 from leakaudit.federated.seen import Member, Observation
-from leakaudit.federated.simulation import Simulation, descend
+from leakaudit.federated.simulation import Simulation, accelerate, descend
 from leakaudit.federated.trainer import Pending
 from leakaudit.models.victim import Params
 from leakaudit.rounds import Round
@@ -208,10 +208,7 @@ class Server:
             Update.__add__, (r.update * weight for r, weight in zip(reports, weights, strict=True))
         )
         observe(simulation, reports, weights, total)
-        momentum = options.momentum
-        self._velocity = (
-            total if self._velocity is None or not momentum else momentum * self._velocity + total
-        )
+        self._velocity = accelerate(self._velocity, total, options.momentum)
         rate = options.server_learning_rate * options.local_learning_rate
         simulation.count(CONTRIBUTED, len(reports))
         simulation.apply(descend(simulation.params, self._velocity, rate), len(reports))

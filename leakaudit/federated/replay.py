@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from leakaudit.federated.exchange import Part
 from leakaudit.federated.seen import Member, Observation, Role
-from leakaudit.federated.simulation import Simulation, descend
+from leakaudit.federated.simulation import Simulation, accelerate, descend
 from leakaudit.models.victim import Params
 from leakaudit.update import Update
 
@@ -44,11 +44,6 @@ class Replay:
             direction = direction - own + mean
         self.velocity = accelerate(self.velocity, direction, self.momentum)
         self.params = descend(self.params, self.velocity, self.learning_rate)
-
-
-def accelerate(velocity: Update | None, direction: Update, momentum: float) -> Update:
-    """momentum * velocity + direction; the direction itself to begin with, or without momentum."""
-    return direction if velocity is None or not momentum else momentum * velocity + direction
 
 
 class MeanModel:

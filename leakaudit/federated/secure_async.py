@@ -22,6 +22,7 @@ import torch
 
 from leakaudit.errors import InputError
 from leakaudit.federated.cost import dense_bytes
+from leakaudit.federated.network import SERVER
 from leakaudit.federated.options import SecureAsync
 from leakaudit.federated.population import Client
 from leakaudit.federated.secure.enclave import (
@@ -39,7 +40,7 @@ from leakaudit.federated.secure.fixed_point import FixedPoint
 from leakaudit.federated.secure.local import encode, fixed_point, submit, template
 from leakaudit.federated.secure.primitives import Randomness, simulated_randomness
 from leakaudit.federated.seen import Member, Observation
-from leakaudit.federated.simulation import SERVER, Simulation, descend, name_of
+from leakaudit.federated.simulation import Simulation, descend, name_of
 from leakaudit.federated.trainer import Pending
 from leakaudit.update import Update
 

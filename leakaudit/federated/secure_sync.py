@@ -22,6 +22,7 @@ import torch
 
 from leakaudit.errors import InputError
 from leakaudit.federated.cost import dense_bytes
+from leakaudit.federated.network import SERVER
 from leakaudit.federated.options import SecureSync
 from leakaudit.federated.population import Client
 from leakaudit.federated.secure import bonawitz
@@ -32,7 +33,7 @@ from leakaudit.federated.secure.messages import SESSION_BYTES
 from leakaudit.federated.secure.primitives import ProtocolError, simulated_randomness
 from leakaudit.federated.secure.ring import Vector
 from leakaudit.federated.seen import Member, Observation
-from leakaudit.federated.simulation import SERVER, Simulation, descend, name_of
+from leakaudit.federated.simulation import Simulation, descend, name_of
 from leakaudit.federated.trainer import Pending
 from leakaudit.update import Update
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from leakaudit.errors import InputError
+from leakaudit.federated.network import SERVER, Message
 from leakaudit.federated.options import SystemOptions
 from leakaudit.federated.population import Client
 from leakaudit.federated.seen import Seen
@@ -20,20 +21,6 @@ from leakaudit.federated.training import shuffled
 from leakaudit.models.victim import Params
 from leakaudit.randomness import fork
 from leakaudit.update import Update
-
-SERVER = "server"
-
-
-@dataclass(frozen=True)
-class Message:
-    """What an observer of the network sees of one message; times are seconds of the virtual clock."""
-
-    sent: float
-    received: float
-    sender: str
-    receiver: str
-    kind: str
-    size: int
 
 
 @dataclass(frozen=True)
@@ -209,3 +196,8 @@ def name_of(client: Client) -> str:
 def descend(params: Params, update: Update, learning_rate: float) -> dict[str, Tensor]:
     """params - learning_rate * update, for the parameters that the update holds."""
     return {**params, **{name: params[name] - learning_rate * step for name, step in update.items()}}
+
+
+def accelerate(velocity: Update | None, direction: Update, momentum: float) -> Update:
+    """momentum * velocity + direction; the direction itself to begin with, or without momentum."""
+    return direction if velocity is None or not momentum else momentum * velocity + direction

@@ -8,17 +8,17 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from functools import reduce
 from typing import Any
 
 from leakaudit.federated.cost import all_reduce_seconds, dense_bytes
+from leakaudit.federated.network import Message
 from leakaudit.federated.options import SynchronousSGD
 from leakaudit.federated.population import Client
 from leakaudit.federated.seen import Member, Observation
-from leakaudit.federated.simulation import Message, Simulation, descend, name_of
+from leakaudit.federated.simulation import Simulation, accelerate, descend, name_of
 from leakaudit.federated.trainer import Pending
 from leakaudit.rounds import Round
-from leakaudit.update import Update
+from leakaudit.update import Update, mean_of
 
 
 def run(options: SynchronousSGD, simulation: Simulation) -> Generator[Any, Any, None]:
@@ -38,12 +38,8 @@ def run(options: SynchronousSGD, simulation: Simulation) -> Generator[Any, Any, 
             yield from _all_reduce(simulation)
         mean = mean_of([p.result() for p in pending])
         observe(simulation, options.topology, pending, mean)
-        velocity = mean if velocity is None or not options.momentum else options.momentum * velocity + mean
+        velocity = accelerate(velocity, mean, options.momentum)
         simulation.apply(descend(base, velocity, options.learning_rate), len(pending))
-
-
-def mean_of(updates: list[Update]) -> Update:
-    return reduce(Update.__add__, updates) / len(updates)
 
 
 def _worker(client: Client, simulation: Simulation) -> Generator[Any, Any, None]:

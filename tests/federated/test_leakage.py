@@ -14,7 +14,7 @@ from test_recording import recorded
 
 from leakaudit.errors import InputError
 from leakaudit.federated.leakage import audit_runs, worst_first
-from leakaudit.federated.network import Passed, Speeds, infer, read_network
+from leakaudit.federated.network import Message, Speeds, infer, read_network
 from leakaudit.federated.options import SYSTEMS
 from leakaudit.federated.theory import THEORY, UNWRITTEN, theory_of
 from leakaudit.federated.views import read_index
@@ -155,16 +155,16 @@ def test_theories_are_sentences_with_a_source() -> None:
 # ------------------------------------------------------------------ the network
 
 
-def crossing(steps: dict[str, int], step_seconds: float, size: int, rounds: int = 3) -> list[Passed]:
+def crossing(steps: dict[str, int], step_seconds: float, size: int, rounds: int = 3) -> list[Message]:
     """Clients that compute so many steps between a download and an upload."""
     found = []
     for index in range(rounds):
         for client, count in steps.items():
             begin = 100.0 * index
-            found.append(Passed(begin, begin + 1, "server", client, "model", 4000))
+            found.append(Message(begin, begin + 1, "server", client, "model", 4000))
             done = begin + 1 + count * step_seconds
-            found.append(Passed(done, done + 1, client, "server", "update", size))
-            found.append(Passed(done, done + 1, client, "server", "keys", 64))
+            found.append(Message(done, done + 1, client, "server", "update", size))
+            found.append(Message(done, done + 1, client, "server", "keys", 64))
     return found
 
 

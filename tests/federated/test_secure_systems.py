@@ -286,14 +286,14 @@ def test_the_enclave_is_closed_when_a_run_ends_early(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        (SecureSync(cohort=5), "cohort must be at most the 4 clients there are, got 5"),
+        (SecureSync(cohort=5), "cohort must be at most the 4 clients, got 5"),
         (SecureSync(cohort=4, threshold=5), "threshold must be more than half of the 4 clients .* got 5"),
         (SecureSync(cohort=4, threshold=2), "threshold must be more than half of the 4 clients .* got 2"),
         (SecureSync(cohort=4, bits=30), "wraps around modulo 2.32; accepted: a modulus of 33 bits"),
         (SecureSync(cohort=4, bits=1), "bits must be between 2 and 48"),
         (SecureSync(cohort=4, limit=0.0), "limit must be positive"),
-        (SecureAsync(buffer=5, concurrency=4), "buffer must be at most the 4 clients there are, got 5"),
-        (SecureAsync(buffer=4, concurrency=5), "concurrency must be at most the 4 clients there are, got 5"),
+        (SecureAsync(buffer=5, concurrency=4), "buffer must be at most the 4 clients, got 5"),
+        (SecureAsync(buffer=4, concurrency=5), "concurrency must be at most the 4 clients, got 5"),
         (SecureAsync(buffer=3, concurrency=4, modulus_bits=22), "wraps around"),
     ],
 )
@@ -308,7 +308,7 @@ def test_options_that_do_not_fit_the_clients(options: Any, match: str) -> None:
         (lambda: SecureSync(cohort=1), "cohort must be at least 2, got 1"),
         (lambda: SecureSync(learning_rate=0.0), "learning_rate must be positive"),
         (lambda: SecureSync(wait=-1.0), "wait must be at least 0"),
-        (lambda: SecureSync(weighting="size"), "weighting must be equal or examples, got size"),  # type: ignore[arg-type]
+        (lambda: SecureSync(weighting="size"), "weighting must be examples or equal, got size"),  # type: ignore[arg-type]
         (lambda: SecureSync(rounding="up"), "rounding must be nearest or stochastic, got up"),  # type: ignore[arg-type]
         (lambda: SecureAsync(buffer=1), "buffer must be at least 2, got 1"),
         (lambda: SecureAsync(staleness_exponent=-1.0), "staleness_exponent must be at least 0"),
