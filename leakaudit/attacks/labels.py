@@ -132,15 +132,26 @@ def match_labels(view: View, x: Tensor, generator: torch.Generator) -> tuple[Ten
 def nearest_counts(estimate: Tensor, total: int) -> Tensor:
     """The non-negative integers (K,) that sum to `total` and lie nearest to `estimate` in least squares.
 
-    The largest-remainder rule, extended to estimates that are negative or do not sum to `total`.
+    The largest-remainder rule, extended to estimates that are negative or do not sum to `total`.  From far away it
+    starts at the nearest real numbers rounded down, below which the nearest integers never lie.
     """
     counts = estimate.round().clamp(min=0)
+    if abs(total - int(counts.sum())) > len(counts):
+        estimate = estimate.double()
+        counts = _on_simplex(estimate, total).floor()
     while (missing := total - int(counts.sum())) != 0:
         step = 1 if missing > 0 else -1
         cost = (counts + step - estimate).square() - (counts - estimate).square()
         cost[counts + step < 0] = math.inf
         counts[int(cost.argmin())] += step
     return counts.long()
+
+
+def _on_simplex(values: Tensor, total: int) -> Tensor:
+    """The nearest numbers (K,) >= 0 that sum to `total` (Held, Wolfe and Crowder 1974)."""
+    ordered = values.sort(descending=True).values
+    excess = (ordered.cumsum(0) - total) / torch.arange(1, len(values) + 1, device=values.device)
+    return (values - excess[ordered > excess][-1]).clamp(min=0)
 
 
 def _single(view: View, head: HeadGradient, generator: torch.Generator) -> LabelInference:

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from leakaudit.attacks.head import head_consistency, storage_precision
@@ -209,6 +212,27 @@ def test_nearest_counts(estimate: list[float], total: int, counts: list[int] | N
     assert (found >= 0).all()
     if counts is not None:
         assert found.tolist() == counts
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.floats(-40, 40), min_size=1, max_size=4), st.integers(1, 7))
+def test_nearest_counts_from_far_away(estimate: list[float], total: int) -> None:
+    """None of all counts that sum to the total is nearer."""
+    values = torch.tensor(estimate, dtype=torch.float64)
+    found = nearest_counts(values, total)
+    assert found.sum() == total
+    others = product(range(total + 1), repeat=len(estimate) - 1)
+    best = min(
+        float((torch.tensor([*counts, total - sum(counts)]) - values).square().sum())
+        for counts in others
+        if sum(counts) <= total
+    )
+    assert float((found - values).square().sum()) <= best * (1 + 1e-12) + 1e-9
+
+
+def test_nearest_counts_of_an_update_of_another_scale() -> None:
+    """One at a time this took as many passes as the estimate is large."""
+    assert nearest_counts(torch.tensor([3e9, -1e9, 2e9, 3e9]), 8).tolist() == [4, 0, 0, 4]
 
 
 def test_storage_precision() -> None:
