@@ -13,7 +13,7 @@ from typing import Literal
 from pydantic import Field
 
 from leakaudit.errors import EXIT_INCONCLUSIVE, EXIT_LEAKAGE, EXIT_WITHIN_POLICY, InputError
-from leakaudit.results import ModelSummary, RoundSummary, Value, parse_versioned
+from leakaudit.results import ModelSummary, RoundSummary, Value, read_versioned
 from leakaudit.spec import suggest
 
 INFERENCE_SCHEMA_VERSION = 1
@@ -159,16 +159,10 @@ def broken_limits(limits: tuple[Limit, ...], outcomes: list[InferenceOutcome]) -
 
 def read_inference(folder: Path) -> InferenceResult:
     """The result in a folder written by `leakaudit infer`; `InputError` when there is none, or another schema."""
-    path = folder / INFERENCE_NAME
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    return parse_versioned(
-        text,
+    return read_versioned(
+        folder / INFERENCE_NAME,
         InferenceResult,
         INFERENCE_SCHEMA_VERSION,
-        path,
-        called=str(path),
         noun="a result of inference",
+        lacking=f"{folder} is not the folder of infer",
     )

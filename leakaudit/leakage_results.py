@@ -11,8 +11,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from leakaudit.errors import EXIT_INCONCLUSIVE, EXIT_LEAKAGE, EXIT_WITHIN_POLICY, InputError
-from leakaudit.results import NEVER, Score, Value, VerdictStatus, parse_versioned
+from leakaudit.errors import EXIT_INCONCLUSIVE, EXIT_LEAKAGE, EXIT_WITHIN_POLICY
+from leakaudit.results import NEVER, Score, Value, VerdictStatus, read_versioned
 from leakaudit.sweep_results import Example
 
 LEAKAGE_SCHEMA_VERSION = 1
@@ -116,11 +116,10 @@ class LeakageResult(Value):
 
 def read_leakage(folder: Path) -> LeakageResult:
     """The result in `folder`; `InputError` where there is none, or it is not one."""
-    path = folder / LEAKAGE_NAME
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{folder} holds no {LEAKAGE_NAME}: {error.strerror}") from error
-    return parse_versioned(
-        text, LeakageResult, LEAKAGE_SCHEMA_VERSION, path, called=str(path), noun="a leakage result"
+    return read_versioned(
+        folder / LEAKAGE_NAME,
+        LeakageResult,
+        LEAKAGE_SCHEMA_VERSION,
+        noun="a leakage result",
+        lacking=f"{folder} is not the folder of simulate leakage",
     )

@@ -64,6 +64,15 @@ def parse_versioned(
         raise InputError(f"{path} is not {noun}: {where}: {first['msg']}") from error
 
 
+def read_versioned(path: Path, kind: type[Read], schema: int, *, noun: str, lacking: str) -> Read:
+    """As `parse_versioned`, of a file; `lacking` begins the message of the `InputError` where it cannot be read."""
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{lacking}: cannot read {path.name}: {error.strerror}") from error
+    return parse_versioned(text, kind, schema, path, called=str(path), noun=noun)
+
+
 class KnowledgeRow(Value):
     """One fact the adversary had; `text` is ready to print."""
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from leakaudit.errors import InputError
-from leakaudit.results import Value, parse_versioned
+from leakaudit.results import Value, read_versioned
 
 SIMULATION_SCHEMA_VERSION = 1
 SIMULATION_NAME = "run.json"
@@ -259,13 +259,12 @@ class Comparison(Value):
 def read_simulation(folder: Path) -> SimulationResult:
     """The result of a run in its folder; `InputError` where there is none, or it cannot be read."""
     path = folder / SIMULATION_NAME
-    result = parse_versioned(
-        _read(path, "a simulation"),
+    result = read_versioned(
+        path,
         SimulationResult,
         SIMULATION_SCHEMA_VERSION,
-        path,
-        called=str(path),
         noun="a simulation's result",
+        lacking=f"{folder} is not the folder of a simulation",
     )
     if not result.curve or not all(ALL in point.quality for point in result.curve):
         raise InputError(f"{path}: the curve has no quality of all held-out examples")
@@ -275,26 +274,16 @@ def read_simulation(folder: Path) -> SimulationResult:
 def read_comparison(folder: Path) -> Comparison:
     """The comparison in its folder; `InputError` where there is none, or it cannot be read."""
     path = folder / COMPARISON_NAME
-    found = parse_versioned(
-        _read(path, "a comparison"),
+    found = read_versioned(
+        path,
         Comparison,
         SIMULATION_SCHEMA_VERSION,
-        path,
-        called=str(path),
         noun="a comparison",
+        lacking=f"{folder} is not the folder of a comparison",
     )
     if not found.systems or not all(system.runs for system in found.systems):
         raise InputError(f"{path} compares nothing")
     return found
-
-
-def _read(path: Path, noun: str) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(
-            f"{path.parent} is not the folder of {noun}: cannot read {path.name}: {error.strerror}"
-        ) from error
 
 
 def spread(values: Sequence[float]) -> Spread:

@@ -7,9 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from leakaudit.errors import InputError
 from leakaudit.formats.run_models import VIEWS
-from leakaudit.results import Value, parse_versioned
+from leakaudit.results import Value, read_versioned
 
 INDEX_NAME = f"{VIEWS}/index.json"
 INDEX_SCHEMA_VERSION = 1
@@ -89,14 +88,10 @@ class ViewIndex(Value):
 
 def read_index(folder: Path) -> ViewIndex:
     """The index of a run folder; `InputError` where there is none, or it is not one."""
-    path = folder / INDEX_NAME
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise InputError(
-            f"{folder} holds no recorded views: cannot read {INDEX_NAME}: {error.strerror}; accepted: a folder"
-            " written by leakaudit simulate"
-        ) from error
-    return parse_versioned(
-        text, ViewIndex, INDEX_SCHEMA_VERSION, path, called=str(path), noun="an index of views"
+    return read_versioned(
+        folder / INDEX_NAME,
+        ViewIndex,
+        INDEX_SCHEMA_VERSION,
+        noun="an index of views",
+        lacking=f"{folder} holds no recorded views of leakaudit simulate",
     )

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from leakaudit.atomic import write_atomically
 from leakaudit.errors import InputError
 from leakaudit.report.redact import redact
-from leakaudit.results import SCHEMA_VERSION, AuditResult, parse_versioned
+from leakaudit.results import SCHEMA_VERSION, AuditResult, read_versioned
 
 RESULT_NAME = "result.json"
 REPORT_NAME = "report.html"
@@ -73,14 +73,8 @@ def read_run(folder: Path) -> AuditResult:
             or a picture named outside the folder.
     """
     path = folder / RESULT_NAME
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise InputError(
-            f"{folder} is not a run folder: cannot read {RESULT_NAME}: {error.strerror}"
-        ) from error
-    result = parse_versioned(
-        text, AuditResult, SCHEMA_VERSION, path, called=str(path), noun="an audit result"
+    result = read_versioned(
+        path, AuditResult, SCHEMA_VERSION, noun="an audit result", lacking=f"{folder} is not a run folder"
     )
     if result.best is not None and not 0 <= result.best < len(result.trials):
         raise InputError(f"{path}: best is {result.best}, but there are {len(result.trials)} trials")

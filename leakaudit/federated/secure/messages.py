@@ -122,4 +122,3 @@ class RevealedShares(FromClient):
 
 
 ClientMessage = KeyAdvertisement | EncryptedShares | MaskedInput | RevealedShares
-ServerMessage = KeyList | RelayedShares | UnmaskRequest
