@@ -139,7 +139,7 @@ def test_list_of_something_else(run: Runner) -> None:
     assert (done.code, done.out) == (2, "")
     assert (
         done.err
-        == "leakaudit: cannot list 'atacks'; accepted: attacks, defenses, protocols, systems, models, metrics\n"
+        == "leakaudit: cannot list 'atacks'; accepted: attacks, defenses, protocols, systems, inferences, models, metrics\n"
     )
 
 
