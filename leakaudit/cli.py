@@ -364,7 +364,8 @@ def defend(
     protocol: Annotated[
         list[str] | None,
         typer.Option(
-            help="fedsgd:batch_size=1 or fedavg:steps=5,learning_rate=0.01,examples=1; may be repeated."
+            help="fedsgd:batch_size=1, fedavg:steps=5,learning_rate=0.01,examples=1, or the file of a view of"
+            " simulate; may be repeated."
         ),
     ] = None,
     defense: Annotated[

@@ -1,7 +1,7 @@
 """`name:key=value,...` <-> frozen dataclass, typed, with did-you-mean.
 
 A registry maps a name to a preset: an instance of a frozen dataclass.  A spec
-names a preset and changes some of its fields:
+names a preset and changes some of its fields (several values of one field are joined by +):
 
     >>> parse("dlg:iterations=50,restarts=2", {"dlg": preset})        # doctest: +SKIP
 """
@@ -85,6 +85,8 @@ def _convert(raw: str, hint: Any, owner: str) -> Any:
             return None
         (hint,) = [choice for choice in choices if choice is not type(None)]
         choices = typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        return tuple(_convert(part, choices[0], owner) for part in raw.split("+"))
     if typing.get_origin(hint) is typing.Literal:
         if raw not in choices:
             raise InputError(f"{owner}={raw!r}{suggest(raw, choices)}; accepted: {', '.join(choices)}")
@@ -100,4 +102,6 @@ def _convert(raw: str, hint: Any, owner: str) -> Any:
 
 
 def _format_value(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "+".join(_format_value(part).replace("e+", "e") for part in value)  # 1e+20 is one number
     return str(value).lower() if isinstance(value, bool) else str(value)

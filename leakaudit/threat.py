@@ -15,6 +15,7 @@ from torch import Tensor
 
 from leakaudit.errors import InputError
 from leakaudit.formats.loading import SharedUpdate
+from leakaudit.formats.manifest import Manifest
 from leakaudit.models.victim import Victim
 from leakaudit.rounds import ClientUpdate, Round, client_update
 from leakaudit.update import Update
@@ -177,6 +178,27 @@ class View:
         )
 
 
+def stated_round(manifest: Manifest, count: int | None) -> Round:
+    """What a manifest says that the clients did, with `count` examples in all; see `see` for what it leaves out.
+
+    Raises `InputError` when that is no round.
+    """
+    steps = manifest.local_steps or (1 if manifest.kind == "gradient" else None)
+    try:
+        return Round(
+            num_examples=count or manifest.local_batch_size or 1,
+            local_steps=steps or 1,
+            local_batch_size=manifest.local_batch_size,
+            learning_rate=manifest.learning_rate or 1.0,
+            clients=manifest.clients or 1,
+            sizes=manifest.sizes,
+            weights=manifest.weights,
+            client_steps=manifest.client_steps,
+        )
+    except ValueError as error:
+        raise InputError(f"the manifest is not a round: {error}") from error
+
+
 def see(victim: Victim, shared: SharedUpdate, labels: Tensor | None = None) -> View:
     """The adversary's view of a file: what its manifest says is known, the rest is not.
 
@@ -196,19 +218,7 @@ def see(victim: Victim, shared: SharedUpdate, labels: Tensor | None = None) -> V
     steps = manifest.local_steps or (1 if manifest.kind == "gradient" else None)
     if count is None and steps == 1:
         count = manifest.local_batch_size
-    try:
-        round = Round(
-            num_examples=count or manifest.local_batch_size or 1,
-            local_steps=steps or 1,
-            local_batch_size=manifest.local_batch_size,
-            learning_rate=manifest.learning_rate or 1.0,
-            clients=manifest.clients or 1,
-            sizes=manifest.sizes,
-            weights=manifest.weights,
-            client_steps=manifest.client_steps,
-        )
-    except ValueError as error:
-        raise InputError(f"the manifest is not a round: {error}") from error
+    round = stated_round(manifest, count)
     knowledge = Knowledge(
         labels=UNKNOWN if labels is None else known(labels, "given by the user", upper_bound=True),
         batch_size=_said(count, f"assumed {manifest.local_batch_size or 1}"),

@@ -18,6 +18,7 @@ class Options:
     fast: bool = False
     kind: Literal["one", "two"] = "one"
     limit: int | None = None
+    shares: tuple[float, ...] | None = None
     secret: int = field(default=1, init=False)
 
     def __post_init__(self) -> None:
@@ -44,6 +45,7 @@ def test_values_are_typed() -> None:
         ("plain:count", "'count' is not key=value"),
         ("plain:count=many", "count='many' is not of type int"),
         ("plain:fast=yes", "fast='yes' is not true or false"),
+        ("plain:shares=1+x", "shares='x' is not of type float"),
         ("plain:kind=three", "kind='three'.*accepted: one, two"),
         ("plain:count=-1", "count must not be negative"),
         ("plain:secret=2", "has no option 'secret'"),
@@ -63,6 +65,7 @@ def test_mistakes_say_what_is_accepted(text: str, message: str) -> None:
         fast=st.booleans(),
         kind=st.sampled_from(["one", "two"]),
         limit=st.none() | st.integers(),
+        shares=st.none() | st.lists(st.floats(allow_nan=False), min_size=1, max_size=4).map(tuple),
     )
 )
 def test_format_is_the_inverse_of_parse(value: Options) -> None:

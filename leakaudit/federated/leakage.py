@@ -290,7 +290,10 @@ def _network_row(item: Planned) -> LeakageRow:
         messages = read_network(item.folder)
     except InputError as error:
         return item.row().model_copy(update={"status": "no-update", "error": str(error)})
-    inferred = infer(messages or [], _speeds(item.folder))
+    parameters = _stated(item.folder).get("parameters")
+    inferred = infer(
+        messages or [], _speeds(item.folder), parameters if isinstance(parameters, int) else None
+    )
     return item.row().model_copy(
         update={"status": "no-update", "inferred": inferred, "note": "sizes and times of messages"}
     )

@@ -70,11 +70,15 @@ def _message(row: dict[str, str]) -> Message:
     return Message(sent, received, row["sender"], row["receiver"], row["kind"], int(float(row["bytes"])))
 
 
-def infer(messages: Sequence[Message], speeds: Speeds | None = None) -> list[str]:
+def infer(
+    messages: Sequence[Message], speeds: Speeds | None = None, parameters: int | None = None
+) -> list[str]:
     """What sizes and times give away, in sentences.
 
     Args:
         speeds: None for an observer who knows nothing of the devices.
+        parameters: numbers of the model, whose architecture is usually public; None to take the size of downloads
+            for the model's, which is too small where these are sparse too.
 
     The computing time of a client is taken to be that from the end of a download to the beginning of its next
     upload, each of the kind that is largest in its direction; where messages cross (delayed training) it is less.
@@ -83,7 +87,11 @@ def infer(messages: Sequence[Message], speeds: Speeds | None = None) -> list[str
     up = _largest_kind(m for m in messages if m.receiver == SERVER)
     if not down or not up:
         return _among_peers([m for m in messages if SERVER not in (m.sender, m.receiver)])
-    return [*_participation(up), *_sizes(down, up), *_computing(down, up, speeds)]
+    return [
+        *_participation(up),
+        *_sizes(median(m.size for m in down) if parameters is None else 4 * parameters, up),
+        *_computing(down, up, speeds),
+    ]
 
 
 def _largest_kind(messages: Iterable[Message]) -> list[Message]:
@@ -110,9 +118,9 @@ def _participation(up: Sequence[Message]) -> list[str]:
     return [f"{plural(len(counts), 'client')} took part, with {each} each."]
 
 
-def _sizes(down: Sequence[Message], up: Sequence[Message]) -> list[str]:
-    model, update = median(m.size for m in down), median(m.size for m in up)
-    share = update / model if model else 1.0
+def _sizes(model: float, up: Sequence[Message]) -> list[str]:
+    """Of uploads, beside the `model` bytes of all its numbers."""
+    share = median(m.size for m in up) / model if model else 1.0
     if share >= SPARSE:
         return [f"Uploads are {share:.2f} times as large as the model: dense, so their size tells nothing."]
     kept = share * 4 / BYTES_A_VALUE

@@ -93,5 +93,5 @@ def read_index(folder: Path) -> ViewIndex:
         ViewIndex,
         INDEX_SCHEMA_VERSION,
         noun="an index of views",
-        lacking=f"{folder} holds no recorded views of leakaudit simulate",
+        lacking=f"{folder} holds no recorded views, as leakaudit simulate writes them without --record none",
     )

@@ -180,6 +180,8 @@ def test_sizes_and_times_give_away_steps_and_sparsity() -> None:
     assert "local step" not in alike, "without their speed nobody can say"
     unsure = " ".join(infer(crossing({"a": 3, "b": 12}, 0.5, 80), Speeds(0.5, alike=False)))
     assert "which they are not" in unsure
+    known = " ".join(infer(crossing({"a": 4, "b": 4}, 0.5, 80), parameters=10_000))
+    assert "Uploads are 0.20% of the model's size: about 0.10% of its numbers" in known
     assert infer([]) == []
 
 

@@ -8,15 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from tiny_sweeps import config
 
 from leakaudit.bundled import labelled_sentences, tiny_model
 from leakaudit.data import photo_folder
 from leakaudit.errors import InputError
+from leakaudit.formats.manifest import build_manifest
+from leakaudit.formats.writing import write_update
+from leakaudit.rounds import Round
 from leakaudit.sweep import setup as loaded
 from leakaudit.sweep.config import build_config
 from leakaudit.sweep.plan import SweepPlan, plan_sweep
+from leakaudit.sweep.protocols import canonical, round_of
 
 
 def planned(folder: Path, **changes: Any) -> SweepPlan:
@@ -168,3 +173,31 @@ def test_text_is_planned_alike() -> None:
     assert (plan.medium, len(plan.cells), len(plan.runs)) == ("text", 3, 9)
     assert plan.policy.metrics == ("token-accuracy", "words-f1", "rouge-l")
     assert len({job.key for job in plan.runs}) == 9
+
+
+# ------------------------------------------------------------------ protocols
+
+
+def test_a_view_in_place_of_a_protocol_states_its_round(tmp_path: Path) -> None:
+    stated = {
+        "num_examples": 7,
+        "clients": 3,
+        "sizes": (2, 2, 3),
+        "weights": (0.25, 0.25, 0.5),
+        "local_steps": 5,
+    }
+    manifest = build_manifest({**stated, "kind": "delta", "learning_rate": 0.1, "local_batch_size": 2})
+    write_update(tmp_path / "view.safetensors", {"weight": torch.zeros(2)}, manifest)
+    spec = canonical(str(tmp_path / "view.safetensors"))
+    assert spec.startswith("cohort:examples=7,clients=3,steps=5,batch_size=2")
+    assert canonical(spec) == spec
+    expected = Round(7, 5, 2, 0.1, 3, (2, 2, 3), (0.25, 0.25, 0.5))
+    assert round_of(spec) == expected
+
+
+def test_a_view_that_does_not_state_its_round(tmp_path: Path) -> None:
+    write_update(tmp_path / "view.safetensors", {"weight": torch.zeros(2)}, build_manifest({}))
+    with pytest.raises(InputError, match="does not state its round: num_examples is missing"):
+        canonical(str(tmp_path / "view.safetensors"))
+    with pytest.raises(InputError, match="cannot read"):
+        canonical(str(tmp_path / "nowhere.safetensors"))
