@@ -95,7 +95,7 @@ def read_index(folder: Path) -> ViewIndex:
     except OSError as error:
         raise InputError(
             f"{folder} holds no recorded views: cannot read {INDEX_NAME}: {error.strerror}; accepted: a folder"
-            " written by leakaudit simulate"
+            " written by leakaudit simulate, without --record none"
         ) from error
     return parse_versioned(
         text, ViewIndex, INDEX_SCHEMA_VERSION, path, called=str(path), noun="an index of views"

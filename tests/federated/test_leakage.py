@@ -13,7 +13,7 @@ from picture_worlds import task
 from test_recording import recorded
 
 from leakaudit.errors import InputError
-from leakaudit.federated.leakage import audit_runs, worst_first
+from leakaudit.federated.leakage import audit_runs, plan, worst_first
 from leakaudit.federated.network import Passed, Speeds, infer, read_network
 from leakaudit.federated.options import SYSTEMS
 from leakaudit.federated.theory import THEORY, UNWRITTEN, theory_of
@@ -90,6 +90,16 @@ def test_a_view_that_cannot_be_attacked_is_a_row_that_says_why(tmp_path: Path) -
     assert [row.status for row in result.rows] == ["failed"]
     assert "not a safetensors file" in result.rows[0].error
     assert result.exit_code == 3
+
+
+def test_runs_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
+    for above in ("a", "b"):
+        recorded(tmp_path / above / "run", "server", task(clients=2), steps=1)
+    rows = plan([tmp_path / "a" / "run", tmp_path / "b" / "run"], per_role=1)
+    assert [row.run for row in rows] == [str(tmp_path / "a" / "run"), str(tmp_path / "b" / "run")]
+    assert [row.run for row in plan([tmp_path / "a" / "run"], per_role=1)] == ["run"]
+    with pytest.raises(InputError, match="was given twice"):
+        plan([tmp_path / "a" / "run", tmp_path / "b" / ".." / "a" / "run"], per_role=1)
 
 
 def test_redacted_rows_hold_no_original(tmp_path: Path) -> None:
