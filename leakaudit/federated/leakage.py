@@ -212,7 +212,11 @@ def _stated(folder: Path) -> dict[str, object]:
 
 
 def _refuse_another(folder: Path, planned: Sequence[Planned], force: bool) -> None:
-    if force or not (folder / LEAKAGE_NAME).exists():
+    if force:
+        return
+    if not (folder / LEAKAGE_NAME).exists():
+        if (folder / REPORT_NAME).exists():
+            raise InputError(f"{folder} holds another report; accepted: --force, or another folder")
         return
     before = {(row.run, row.view) for row in read_leakage(folder).rows}
     if before != {(row.run, row.record and row.record.name) for row in planned}:

@@ -82,6 +82,14 @@ def test_the_result_is_read_back_and_other_views_are_not_overwritten(
         audit_runs([folder.parent / "pair"], out=folder, attacks=("linear",))
 
 
+def test_the_page_of_a_run_is_not_overwritten(tmp_path: Path) -> None:
+    recorded(tmp_path / "run", "server", task(clients=2), steps=1)
+    (tmp_path / "run" / "report.html").write_text("the page of the run")
+    with pytest.raises(InputError, match="run holds another report; accepted: --force, or another folder"):
+        audit_runs([tmp_path / "run"], out=tmp_path / "run")
+    assert (tmp_path / "run" / "report.html").read_text() == "the page of the run"
+
+
 def test_a_view_that_cannot_be_attacked_is_a_row_that_says_why(tmp_path: Path) -> None:
     recorded(tmp_path / "run", "server", task(clients=2), steps=1)
     view = worst_first(read_index(tmp_path / "run").views)[0]

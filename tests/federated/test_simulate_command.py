@@ -395,6 +395,7 @@ def test_a_comparison_that_was_ended_goes_on(simulate: Simulate, monkeypatch: py
         (("--systems", "ssgd", "--system", "ssgd"), "system 'ssgd' was given twice"),
         ((), "no systems given; accepted: --systems sync,fedbuff or --system fedbuff:buffer=10"),
         (("--systems", "ssgd", "--latency", "-1"), "latency must be at least 0 seconds"),
+        (("--systems", "fedavg:local_learning_rate=1e38,patience=2"), "2 rounds in a row had fewer than 1 report"),
         (("--systems", "ssgd", "--seconds", "0"), "seconds must be positive, got 0"),
         (("--systems", "fedavg,ssgd", "--dropout", "0.1"), "system 'ssgd': its workers stay from beginning to end"),
         (("--systems", "fedbuff:exponent=inf"), "exponent must be at least 0 and finite, got inf"),
