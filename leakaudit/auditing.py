@@ -18,7 +18,7 @@ from leakaudit import __version__
 from leakaudit.attacks.disturbance import errors_of
 from leakaudit.attacks.registry import MAXIMUM_A_POSTERIORI
 from leakaudit.errors import InputError
-from leakaudit.execution import OnProgress, Plan, progress, run_attacks
+from leakaudit.execution import OUT_OF_TIME, OnProgress, Plan, progress, run_attacks
 from leakaudit.formats.phrases import counted
 from leakaudit.formats.writing import save_tensors
 from leakaudit.hypotheses import Sweep
@@ -37,6 +37,7 @@ from leakaudit.results import (
     KnowledgeRow,
     ModelSummary,
     RoundSummary,
+    Skipped,
     Trial,
     Verdict,
 )
@@ -135,7 +136,7 @@ def audit(
         skipped=skipped,
         controls=controls,
         best=best,
-        verdict=_judge(subject, settings, trials, best, controls, findings),
+        verdict=_judge(subject, settings, trials, best, controls, findings, skipped),
         truth_known=subject.truth is not None,
         seconds=time.monotonic() - began,
         environment=environment(view.victim.device),
@@ -202,6 +203,7 @@ def _judge(
     best: int | None,
     controls: Sequence[Control],
     findings: Sequence[Finding],
+    skipped: Sequence[Skipped] = (),
 ) -> Verdict:
     return judge(
         trials,
@@ -211,6 +213,7 @@ def _judge(
         truth_known=subject.truth is not None,
         findings=findings,
         medium=subject.medium.name,
+        not_begun=[item.attack for item in skipped if item.reason == OUT_OF_TIME],
     )
 
 

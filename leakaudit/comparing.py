@@ -24,7 +24,7 @@ from leakaudit.report.folder import REPORT_NAME
 from leakaudit.report.simulation_page import write_comparison_page
 from leakaudit.scenario import Scenario
 from leakaudit.simulating import System, World, check_options, load_world, run_in
-from leakaudit.simulation_folder import open_folder, same_plan
+from leakaudit.simulation_folder import forget, open_folder, same_plan
 from leakaudit.simulation_results import (
     COMPARISON_NAME,
     SIMULATION_NAME,
@@ -66,7 +66,12 @@ def compare(
         for system, run_folder in zip(systems, _folders(systems, world.scenario.seed, seeds), strict=True):
             label = f"{system.spec}, seed {world.scenario.seed}" if seeds > 1 else system.spec
             on_step = None if on_run is None else on_run(label)
-            result = _run(world, system, folder / run_folder, force, on_step, command)
+            try:
+                result = _run(world, system, folder / run_folder, force, on_step, command)
+            except InputError:
+                if not any(runs.values()):
+                    forget(folder)  # so that another try needs no --force
+                raise
             runs[system.spec].append(ComparedRun(seed=world.scenario.seed, folder=run_folder, result=result))
     found = Comparison(
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -150,7 +150,9 @@ def print_inference(result: InferenceResult, console: Console, folder: Path | No
     for outcome in result.outcomes:
         for reason in _reasons(outcome):
             console.print(f"{outcome.attack}: {reason}", soft_wrap=True, highlight=False, markup=False)
-    for line in [*result.notes, *(f"Above the policy: {text}" for text in result.broken)]:
+    policy = [f"Above the policy: {text}" for text in result.broken]
+    policy += [f"Not shown to be within the policy: {text}" for text in result.undecided]
+    for line in [*result.notes, *policy]:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     if folder is not None:
         console.print(f"Result: {folder / INFERENCE_NAME}", soft_wrap=True, highlight=False, markup=False)

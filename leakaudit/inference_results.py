@@ -94,10 +94,31 @@ class InferenceResult(Value):
     seconds: float = 0.0
 
     @property
+    def undecided(self) -> list[str]:
+        """A sentence for every rate within the policy whose interval is not: more updates may be above it.  Empty
+        without a policy, and where it is broken."""
+        if not self.policy or self.broken:
+            return []
+        limits = parse_limits(self.policy)
+        return [
+            f"{outcome.spec}: {rate.name} {rate.value:.3g}, but its 95 % interval reaches {rate.high:.3g}, above"
+            f" {limit.most:g}: more --trials tell"
+            for outcome in self.outcomes
+            for limit in limits
+            if (rate := outcome.rate(limit.name)) is not None
+            and rate.value is not None
+            and rate.high is not None
+            and rate.high > limit.most
+        ]
+
+    @property
     def exit_code(self) -> int:
-        """1 when the policy is broken, 3 when nothing (or nothing that the policy asks for) was measured, else 0."""
+        """1 when the policy is broken, 3 when nothing (or nothing that the policy asks for) was measured, or it is not
+        shown that the policy holds (see `undecided`), else 0."""
         if self.broken:
             return EXIT_LEAKAGE
+        if self.undecided:
+            return EXIT_INCONCLUSIVE
         names = {limit.name for limit in parse_limits(self.policy)} if self.policy else set(RATES)
         measured = {
             rate.name for outcome in self.outcomes for rate in outcome.rates if rate.value is not None

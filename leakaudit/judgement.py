@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from leakaudit.policy import Medium, Policy
@@ -65,15 +65,17 @@ def judge(
     truth_known: bool,
     findings: Sequence[Finding] = (),
     medium: Medium = "images",
+    not_begun: Sequence[str] = (),
 ) -> Verdict:
-    """The verdict over all trials.
+    """The verdict over all trials; `not_begun` are attacks that apply, and for which no time was left.
 
     "leaks" as soon as one trial breaks the policy or, without the truth, explains the update to
     its floor, unless other inputs are known to share the update, or a finding proves a leak
     (severity "leak", `data["proven"]`).  Text that is verified, or proven, is a leak whatever the
     truth file holds, which may be another client's;
-    "not-recovered" only when the truth is known, nothing breaks the policy and the
-    positive control succeeded; "inconclusive" otherwise.
+    "not-recovered" only when the truth is known, nothing breaks the policy, the positive control
+    succeeded, and time neither ended the attack that came nearest nor kept one from beginning;
+    "inconclusive" otherwise.
     """
     broken = [
         f"{trial.attack}: {sentence}"
@@ -119,6 +121,7 @@ def judge(
             f"The policy asks for {name}, which was not measured." for name in policy.unmeasured(scores)
         ]
         reasons += _contradictions(trials)
+        reasons += _out_of_time(trials, best, policy, not_begun)
     positive = next((control for control in controls if control.name == "positive"), None)
     if not truth_known:
         return Verdict(
@@ -134,6 +137,7 @@ def judge(
             reasons=[
                 f"The same attack succeeds on an undefended update of one {nouns.specimen}.",
                 "This is what these attacks reached, not a bound on what others may reach.",
+                *_more_time(trials),
             ],
             policy=text,
         )
@@ -196,9 +200,39 @@ def _doubts(trials: Sequence[Trial], best: int | None, findings: Sequence[Findin
         )
     if any(t.status == "interrupted" for t in trials):
         doubts.append("The audit was interrupted.")
-    if any(attempt.stopped == "budget" for attempt in trial.attempts):
+    if was_cut(trial):
         doubts.append("The time budget ended the best attack early.")
     return doubts
+
+
+def _out_of_time(
+    trials: Sequence[Trial], best: int, policy: Policy, not_begun: Sequence[str]
+) -> Iterator[str]:
+    nearest = min((trial for trial in trials if trial.best is not None), key=lambda t: nearness(t, policy))
+    if nearest is not trials[best] and was_cut(nearest):
+        yield f"The time budget ended {nearest.attack} early, which came nearest."
+    if not_begun:
+        yield f"The time budget left none for {', '.join(not_begun)}."
+
+
+def _more_time(trials: Sequence[Trial]) -> list[str]:
+    names = [trial.attack for trial in trials if was_cut(trial)]
+    return [f"The time budget ended {', '.join(names)} early: more may recover more."] if names else []
+
+
+def was_cut(trial: Trial) -> bool:
+    """Whether the time budget ended one of its attempts."""
+    return any(attempt.stopped == "budget" for attempt in trial.attempts)
+
+
+def nearness(trial: Trial, policy: Policy) -> tuple[float, ...]:
+    """Smallest for the best reconstruction: by the policy's metrics in their order, then by residual."""
+    keys = []
+    for threshold in policy.thresholds:
+        scores = [score for row in trial.examples if (score := row.scores.get(threshold.metric)) is not None]
+        mean = sum(scores) / len(scores) if scores else float("-inf" if threshold.operator == ">" else "inf")
+        keys.append(-mean if threshold.operator == ">" else mean)
+    return (*keys, float("inf") if trial.residual is None else trial.residual)
 
 
 def floor_control(scores: Sequence[Score], medium: Medium = "images") -> Control:

@@ -29,7 +29,7 @@ class LeakageRow(Value):
     """One view of one role.
 
     Attributes:
-        run: name of the run's folder; system: of the training system.
+        run: name of the run's folder, or its path where two have the same name; system: of the training system.
         view: name of the recorded view; None for what crosses the network, where no update is seen.
         step, time: of the server, and seconds of the virtual clock.
         clients, examples: behind the view; staleness: of the oldest of them, in server steps.
@@ -102,13 +102,21 @@ class LeakageResult(Value):
     redacted: bool = False
 
     @property
+    def unattacked(self) -> list[str]:
+        """Runs of which no view was attacked: nothing is known of them."""
+        attacked = {row.run for row in self.rows if row.attacked}
+        return list(dict.fromkeys(row.run for row in self.rows if row.run not in attacked))
+
+    @property
     def exit_code(self) -> int:
-        """1 for a leak that the policy counts, 3 where anything is open, also that nothing was attacked."""
+        """1 for a leak that the policy counts, 3 where anything is open, also that nothing of a run was attacked."""
         attacked = [row for row in self.rows if row.attacked]
         if any(row.verdict == "leaks" for row in attacked):
             return EXIT_WITHIN_POLICY if self.policy == NEVER else EXIT_LEAKAGE
         open_rows = any(row.verdict != "not-recovered" for row in attacked)
-        return EXIT_INCONCLUSIVE if open_rows or not attacked or self.interrupted else EXIT_WITHIN_POLICY
+        if open_rows or not attacked or self.unattacked or self.interrupted:
+            return EXIT_INCONCLUSIVE
+        return EXIT_WITHIN_POLICY
 
     def to_json(self) -> str:
         return self.model_dump_json(indent=1) + "\n"

@@ -39,7 +39,8 @@ class Scenario:
         steps to every: see `leakaudit.federated.simulation.Limits`.
         defense: specs of `leakaudit.defenses.naming`, applied by every client in order.
         record: steps whose views are written, see `recorded_steps`.
-        record_clients: most views of single clients of a step and role; those of many clients are all written.
+        record_clients: most views of single clients of a step and role, >= 1: without any an audit would miss the
+            worst that a party sees; those of many clients are all written.
         together: most clients trained at once with torch.func.vmap; 1 for one after the other.
         seed: of the population, the hold-out, batches, fresh parameters and defenses.
         device: cpu, cuda or auto.
@@ -89,13 +90,14 @@ class Scenario:
     device: str = given("auto", "cpu, cuda or auto.")
 
     def __post_init__(self) -> None:
-        for name in ("record_clients", "seed"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{_written(name)} must be at least 0, got {getattr(self, name)}")
-        for name in ("examples", "together", "clients", "steps", "every"):
+        if self.seed < 0:
+            raise InputError(f"seed must be at least 0, got {self.seed}")
+        for name in ("record_clients", "examples", "together", "clients", "steps", "every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{_written(name)} must be at least 1, got {value}")
+        if self.seconds is not None and not self.seconds > 0:
+            raise InputError(f"seconds must be positive, got {self.seconds:g}")
         if not 0 < self.holdout < 1:
             raise InputError(f"holdout must be between 0 and 1, got {self.holdout}")
         if self.target_accuracy is not None and not 0 <= self.target_accuracy <= 1:
@@ -129,6 +131,8 @@ def recorded_steps(text: str, steps: int) -> Callable[[int], bool]:
             periods.append(1)
         elif name == "every" and number.isdecimal() and int(number) > 0:
             periods.append(int(number))
+        elif item.isdecimal() and int(item) >= steps:
+            raise InputError(f"record {item!r} is beyond the last step; accepted: 0 to {steps - 1}")
         elif item.isdecimal():
             single.add(int(item))
         elif item != "none":

@@ -166,13 +166,14 @@ def run_in(
     """As `simulate`, in a world that is loaded."""
     began = time.monotonic()
     check_options(system, world)
+    limits = _limits(world.scenario)
     open_folder(folder, "simulation", world.identity(system), force=force)
     recorder = Recorder(lambda: _writer(folder, world, system), folder, world)
     simulation = Simulation(
         world.task,
         world.trainer(),
         Seen(recorder.wants, recorder),
-        _limits(world.scenario),
+        limits,
         world.scenario.seed,
         log=LOGGED,
         on_step=on_step,
@@ -188,6 +189,16 @@ def run_in(
 
 
 def check_options(system: System, world: World) -> None:
+    """`InputError` where the system cannot train these clients as the scenario wants it to."""
+    scenario = world.scenario
+    for name, always in (("dropout", 0.0), ("availability", 1.0)):
+        value = getattr(scenario, name)
+        if value != always and not system.options.intermittent:
+            able = ", ".join(name for name, options in SYSTEMS.items() if options.intermittent)
+            raise InputError(
+                f"system {system.name!r}: its workers stay from beginning to end, got {name} {value};"
+                f" accepted by: {able}"
+            )
     try:
         system.options.check(len(world.task.clients))
     except ValueError as error:

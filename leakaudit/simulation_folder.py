@@ -46,6 +46,8 @@ def same_plan(folder: Path, kind: Kind, identity: str) -> bool:
 def forget(folder: Path) -> None:
     """Remove what runs write: files of our names, their models and views, and runs of a comparison below; then the
     folder, where nothing else is in it."""
+    if not folder.is_dir():
+        return
     names = (PLAN_NAME, SIMULATION_NAME, COMPARISON_NAME, CURVE_NAME, NETWORK_NAME, REPORT_NAME)
     plan = _plan(folder)
     if plan is not None and plan.get("kind") == "comparison":
@@ -59,7 +61,7 @@ def forget(folder: Path) -> None:
                 shutil.rmtree(folder / name)
     for name in names:
         (folder / name).unlink(missing_ok=True)
-    if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
+    if not folder.is_symlink() and not any(folder.iterdir()):
         folder.rmdir()
 
 

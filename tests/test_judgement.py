@@ -106,6 +106,21 @@ def test_doubts_make_it_inconclusive(what: Trial, options: dict[str, Any], reaso
     assert any(text.startswith(reason) for text in found.reasons), found.reasons
 
 
+def test_time_that_ended_what_came_nearest_makes_it_inconclusive() -> None:
+    """The smallest residual may be another attack's, which stood still and is further from the originals."""
+    stuck, cut = trial(5.0, residual=0.14), trial(7.0, residual=0.16, stopped="budget")
+    found = judge([stuck, cut], 0, [PASSED], POLICY, truth_known=True)
+    assert found.status == "inconclusive"
+    assert found.reasons[0] == "The time budget ended dlg early, which came nearest."
+    further = trial(4.0, residual=0.16, stopped="budget")
+    found = judge([stuck, further], 0, [PASSED], POLICY, truth_known=True)
+    assert found.status == "not-recovered"
+    assert found.reasons[-1] == "The time budget ended dlg early: more may recover more."
+    found = judge([stuck], 0, [PASSED], POLICY, truth_known=True, not_begun=["tv-path"])
+    assert found.status == "inconclusive"
+    assert found.reasons[0] == "The time budget left none for tv-path."
+
+
 def test_no_reconstruction_at_all() -> None:
     failed = trial(status="failed", best=None, examples=[], attempts=[])
     for truth in (True, False):

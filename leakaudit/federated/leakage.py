@@ -8,6 +8,7 @@ import re
 import shlex
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,9 +122,10 @@ def audit_runs(
 
 @dataclass(frozen=True)
 class Planned:
-    """A row to be; `record` is None for what crosses the network."""
+    """A row to be; `record` is None for what crosses the network, `run` what the run is called."""
 
     folder: Path
+    run: str
     system: str
     role: Role
     record: ViewRecord | None = None
@@ -132,7 +134,7 @@ class Planned:
         """As far as it is known before anything runs."""
         theory, record = theory_of(self.system, self.role), self.record
         row = LeakageRow(
-            run=self.folder.name,
+            run=self.run,
             system=self.system,
             role=self.role,
             status="pending",
@@ -159,10 +161,23 @@ def plan(folders: Sequence[Path], per_role: int) -> list[Planned]:
     """The rows of all runs, role by role; `InputError` for a folder that holds no run."""
     if not folders:
         raise InputError("no run folder given; accepted: folders written by leakaudit simulate")
-    return [row for folder in folders for row in _planned(Path(folder), per_role)]
+    _refuse_twice(folders)
+    names = Counter(Path(folder).resolve().name for folder in folders)
+    rows: list[Planned] = []
+    for folder in map(Path, folders):
+        name = folder.resolve().name
+        rows += _planned(folder, name if names[name] == 1 else str(folder), per_role)
+    return rows
 
 
-def _planned(folder: Path, per_role: int) -> Iterator[Planned]:
+def _refuse_twice(folders: Sequence[Path]) -> None:
+    places = [Path(folder).resolve() for folder in folders]
+    for position, place in enumerate(places):
+        if place in places[:position]:
+            raise InputError(f"{folders[position]} was given twice; accepted: each run once")
+
+
+def _planned(folder: Path, run: str, per_role: int) -> Iterator[Planned]:
     index = read_index(folder)
     system = index.system or _stated(folder).get("system")
     if not isinstance(system, str):
@@ -172,9 +187,9 @@ def _planned(folder: Path, per_role: int) -> Iterator[Planned]:
     for role in ROLES:
         records = [record for record in index.views if record.role == role]
         for record in worst_first(records)[:per_role]:
-            yield Planned(folder, system, role, record)
+            yield Planned(folder, run, system, role, record)
         if role == "network" and not records and (folder / NETWORK_NAME).is_file():
-            yield Planned(folder, system, role)
+            yield Planned(folder, run, system, role)
 
 
 def worst_first(records: Sequence[ViewRecord]) -> list[ViewRecord]:
@@ -196,10 +211,14 @@ def _stated(folder: Path) -> dict[str, object]:
 
 
 def _refuse_another(folder: Path, planned: Sequence[Planned], force: bool) -> None:
-    if force or not (folder / LEAKAGE_NAME).exists():
+    if force:
+        return
+    if not (folder / LEAKAGE_NAME).exists():
+        if (folder / REPORT_NAME).exists():
+            raise InputError(f"{folder} holds another report; accepted: --force, or another folder")
         return
     before = {(row.run, row.view) for row in read_leakage(folder).rows}
-    if before != {(row.folder.name, row.record and row.record.name) for row in planned}:
+    if before != {(row.run, row.record and row.record.name) for row in planned}:
         raise InputError(f"{folder} holds the result of other views; accepted: --force, or another folder")
 
 
@@ -218,7 +237,7 @@ def _run(
             rows.append(item.row())
             continue
         name = re.sub(
-            r"[^A-Za-z0-9_-]+", "-", f"{position:02d}-{item.folder.name}-{item.record and item.record.name}"
+            r"[^A-Za-z0-9_-]+", "-", f"{position:02d}-{item.run}-{item.record and item.record.name}"
         )
         row, result = _row(item, folder, name, options, _labelled(on_progress, item))
         rows.append(row)

@@ -29,11 +29,12 @@ class SystemOptions:
 
     Class attributes:
         module: where `run(options, simulation)` is.
-        one_batch: True where a client takes one batch a step from its own data (distributed training), False
-            where it trains on all of them for some epochs or steps (federated learning).
+        intermittent: whether clients may be unavailable or drop out (federated learning); the workers of
+            distributed training stay from beginning to end.
     """
 
     module: ClassVar[str]
+    intermittent: ClassVar[bool] = False
 
     def check(self, clients: int) -> None:
         """`ValueError` where the options do not fit so many clients."""
@@ -47,11 +48,12 @@ class SystemOptions:
 
 
 def at_least(options: object, least: float, *names: str) -> None:
-    """`ValueError` unless these fields are at least `least` (None is left alone)."""
+    """`ValueError` unless these fields are at least `least` and finite (None is left alone)."""
     for name in names:
         value = getattr(options, name)
-        if value is not None and not value >= least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+        if value is not None and not least <= value < float("inf"):
+            finite = " and finite" if isinstance(value, float) else ""
+            raise ValueError(f"{name} must be at least {least}{finite}, got {value}")
 
 
 def positive(options: object, *names: str) -> None:
@@ -193,6 +195,7 @@ StalenessName = Literal["sqrt", "constant", "polynomial", "hinge"]
 class LocalTraining(SystemOptions):
     """Clients that take several steps of SGD on their own data, and a server that applies what they send."""
 
+    intermittent: ClassVar[bool] = True
     local_steps: int = option(5, "Steps of SGD of a client a round.")
     local_epochs: int | None = option(None, "Passes over its data instead of so many steps.")
     batch_size: int | None = option(8, "Examples of a local step; none for all that a client has.")
@@ -309,6 +312,7 @@ Rounding = Literal["nearest", "stochastic"]
 class SecureOptions(SystemOptions):
     """Local training, and the fixed point in which its updates are masked and summed."""
 
+    intermittent: ClassVar[bool] = True
     local_steps: int = option(4, "SGD steps of a client a round.")
     batch_size: int = option(8, "Examples a step; all of a client that has fewer.")
     learning_rate: float = option(0.1, "Of the local SGD.")

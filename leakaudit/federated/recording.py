@@ -187,6 +187,8 @@ def seen_round(observation: Observation) -> tuple[Update, Round | None]:
     whoever applied it knows: then it is the client's own, or a mean.
     """
     members, total = observation.members, sum(member.weight for member in observation.members)
+    if members and not any(member.weight for member in members):
+        return observation.update, None  # nothing is left of them
     if len(members) > 1 and (observation.defenses or not total > 0 or abs(total - 1) < 1e-9):
         return observation.update, cohort(members)
     if total in (0, 1):

@@ -34,7 +34,14 @@ def headline(result: LeakageResult) -> str:
     leaking = sum(row.verdict == "leaks" for row in attacked)
     many = words.plural(len(attacked), "attacked view")
     if not leaking:
-        return f"None of {many} was reconstructed."
+        judged = sum(row.verdict == "not-recovered" for row in attacked)
+        if judged < len(attacked):
+            return f"{len(attacked) - judged} of {many} could not be judged: whether they leak is open."
+        return (
+            f"None of {many} was reconstructed."
+            if len(attacked) > 1
+            else "The attacked view was not reconstructed."
+        )
     return f"{leaking} of {many} {'gives' if leaking == 1 else 'give'} private data away."
 
 

@@ -70,7 +70,11 @@ def _panel(result: LeakageResult) -> Panel:
     lines: list[RenderableType] = [plain(headline(result), "bold")]
     if result.interrupted:
         lines.append(Text("Interrupted: views that were not attacked prove nothing.", style="yellow"))
-    lines.append(plain(f"Policy: {result.policy}", "dim"))
+    if result.unattacked:
+        runs = ", ".join(result.unattacked)
+        lines.append(plain(f"No update of {runs} was attacked: that shows nothing.", "yellow"))
+    if result.policy:
+        lines.append(plain(f"Policy: {result.policy}", "dim"))
     lines.append(plain(f"Exit code {code}: {EXIT_MEANINGS[code]}", "dim"))
     if any(row.verdict == "not-recovered" for row in result.rows):
         lines.append(Text("What was not recovered by these attacks is not thereby safe.", style="dim"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from leakaudit.report import words
@@ -124,15 +124,22 @@ class Axis:
 
     def ticks(self, unit: str = "") -> list[Tick]:
         if not self.log:
-            return [
-                Tick(self.at(value), words.number(value) + unit)
-                for value in _round_values(self.low, self.high)
-            ]
+            return self._told_apart(_round_values(self.low, self.high), unit)
         first = math.ceil(self.low) + self.zero
         step = max(1, -(-(math.floor(self.high) - first) // 6))
         exponents = range(first, math.floor(self.high) + 1, step)
+        if len(exponents) < 2 and not self.zero:  # less than two decades, or between two powers of ten
+            return self._told_apart(_round_values(10.0**self.low, 10.0**self.high), unit)
         ticks = [Tick(self.at(10.0**exponent), words.power_of_ten(exponent)) for exponent in exponents]
         return [Tick(self.at(0.0), "0"), *ticks] if self.zero else ticks
+
+    def _told_apart(self, values: Sequence[float], unit: str) -> list[Tick]:
+        """Ticks with three digits, or as many as tell one from the next."""
+        for digits in range(3, 17):
+            texts = [words.number(value, digits) for value in values]
+            if len(set(texts)) == len(texts):
+                break
+        return [Tick(self.at(value), text + unit) for value, text in zip(values, texts, strict=True)]
 
 
 def linear_axis(values: Iterable[float], start: float, end: float, margin: float = 0.06) -> Axis:

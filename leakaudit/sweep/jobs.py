@@ -18,7 +18,7 @@ from leakaudit.capture import Captured, as_shared, capture
 from leakaudit.defenses.naming import Parts, parse_defense
 from leakaudit.execution import OUT_OF_TIME, Plan
 from leakaudit.inspection import Inspection
-from leakaudit.judgement import NOUNS
+from leakaudit.judgement import NOUNS, nearness, was_cut
 from leakaudit.media import medium_of
 from leakaudit.models.victim import Victim
 from leakaudit.policy import Policy, parse_policy
@@ -207,14 +207,14 @@ def summarise(result: AuditResult, policy: Policy, metrics: tuple[str, ...], pla
         "verdict": result.verdict.status,
         "headline": result.verdict.headline if leaks else _headline(result),
         "reasons": list(result.verdict.reasons) if leaks else _not_begun(result),
-        "cut": [trial.attack for trial in result.trials if _cut(trial)],
+        "cut": [trial.attack for trial in result.trials if was_cut(trial)],
     }
     trials = [trial for trial in result.trials if trial.best is not None]
     if not trials:
         error = _nothing(result)
         return fields | ({} if result.interrupted else {"status": "failed", "error": error})
     higher = _directions(trials, policy)
-    best = min(trials, key=lambda trial: _rank(trial, policy))
+    best = min(trials, key=lambda trial: nearness(trial, policy))
     examples = [
         _example(example, [trial.examples[row].scores for trial in trials], higher, place)
         for row, example in enumerate(best.examples)
@@ -234,12 +234,8 @@ def summarise(result: AuditResult, policy: Policy, metrics: tuple[str, ...], pla
 def _headline(result: AuditResult) -> str:
     text = f"No attack that ran recovered {NOUNS[result.medium].possession}"
     best = result.best_trial
-    late = best is not None and _cut(best)
+    late = best is not None and was_cut(best)
     return f"{text}; the time budget ended the best one early." if late else f"{text}."
-
-
-def _cut(trial: Trial) -> bool:
-    return any(attempt.stopped == "budget" for attempt in trial.attempts)
 
 
 def _not_begun(result: AuditResult) -> list[str]:
@@ -258,16 +254,6 @@ def _directions(trials: list[Trial], policy: Policy) -> dict[str, bool]:
     """Metric -> whether more is worse for privacy: as the policy says, else as the metric does."""
     higher = {score.metric: score.higher_is_better for trial in trials for score in trial.scores}
     return higher | {threshold.metric: threshold.operator == ">" for threshold in policy.thresholds}
-
-
-def _rank(trial: Trial, policy: Policy) -> tuple[float, ...]:
-    """Smallest for the best reconstruction: by the policy's metrics in their order, then by residual."""
-    keys = []
-    for threshold in policy.thresholds:
-        scores = [score for row in trial.examples if (score := row.scores.get(threshold.metric)) is not None]
-        mean = sum(scores) / len(scores) if scores else float("-inf" if threshold.operator == ">" else "inf")
-        keys.append(-mean if threshold.operator == ">" else mean)
-    return (*keys, float("inf") if trial.residual is None else trial.residual)
 
 
 def _example(

@@ -13,7 +13,7 @@ from picture_worlds import task
 from test_recording import recorded
 
 from leakaudit.errors import InputError
-from leakaudit.federated.leakage import audit_runs, worst_first
+from leakaudit.federated.leakage import audit_runs, plan, worst_first
 from leakaudit.federated.network import Message, Speeds, infer, read_network
 from leakaudit.federated.options import SYSTEMS
 from leakaudit.federated.theory import THEORY, UNWRITTEN, theory_of
@@ -82,6 +82,14 @@ def test_the_result_is_read_back_and_other_views_are_not_overwritten(
         audit_runs([folder.parent / "pair"], out=folder, attacks=("linear",))
 
 
+def test_the_page_of_a_run_is_not_overwritten(tmp_path: Path) -> None:
+    recorded(tmp_path / "run", "server", task(clients=2), steps=1)
+    (tmp_path / "run" / "report.html").write_text("the page of the run")
+    with pytest.raises(InputError, match="run holds another report; accepted: --force, or another folder"):
+        audit_runs([tmp_path / "run"], out=tmp_path / "run")
+    assert (tmp_path / "run" / "report.html").read_text() == "the page of the run"
+
+
 def test_a_view_that_cannot_be_attacked_is_a_row_that_says_why(tmp_path: Path) -> None:
     recorded(tmp_path / "run", "server", task(clients=2), steps=1)
     view = worst_first(read_index(tmp_path / "run").views)[0]
@@ -90,6 +98,16 @@ def test_a_view_that_cannot_be_attacked_is_a_row_that_says_why(tmp_path: Path) -
     assert [row.status for row in result.rows] == ["failed"]
     assert "not a safetensors file" in result.rows[0].error
     assert result.exit_code == 3
+
+
+def test_runs_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
+    for above in ("a", "b"):
+        recorded(tmp_path / above / "run", "server", task(clients=2), steps=1)
+    rows = plan([tmp_path / "a" / "run", tmp_path / "b" / "run"], per_role=1)
+    assert [row.run for row in rows] == [str(tmp_path / "a" / "run"), str(tmp_path / "b" / "run")]
+    assert [row.run for row in plan([tmp_path / "a" / "run"], per_role=1)] == ["run"]
+    with pytest.raises(InputError, match="was given twice"):
+        plan([tmp_path / "a" / "run", tmp_path / "b" / ".." / "a" / "run"], per_role=1)
 
 
 def test_redacted_rows_hold_no_original(tmp_path: Path) -> None:

@@ -148,6 +148,19 @@ def test_weights_that_do_not_come_to_one_leave_a_mean(tmp_path: Path) -> None:
     assert explained(tmp_path, record) < 1e-5
 
 
+def test_members_of_no_weight_are_not_in_the_update(tmp_path: Path) -> None:
+    """A staleness weight may come to 0: what is left of nobody is not taken for a round of theirs."""
+    world = task()
+    base = dict(world.victim.params)
+    for count in (1, 2):
+        members = tuple(member(world, index, Round(2), weight=0.0) for index in range(count))
+        record = written(
+            tmp_path, world, Observation("server", count, 0.0, seen_of(world, base, *members), base, members)
+        )
+        assert not record.exact
+        assert read_file(tmp_path / str(record.update)).manifest.num_examples is None
+
+
 def test_a_single_weighted_client_is_its_own_update(tmp_path: Path) -> None:
     """A server knows the weight it gave a stale update, so the file holds the update before weighting."""
     world = task()

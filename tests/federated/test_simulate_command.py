@@ -318,6 +318,11 @@ def test_the_hold_out_does_not_depend_on_the_clients(simulate: Simulate) -> None
         (("--data", "missing.npz"), "missing.npz"),
         (("--text", "notes.txt"), "images data.npz and sentences notes.txt given; accepted: one of"),
         (("--device", "abacus"), "device 'abacus' cannot be used"),
+        (("--seconds", "0"), "seconds must be positive, got 0"),
+        (("--record", "first,8"), "record '8' is beyond the last step; accepted: 0 to 7"),
+        (("--record-clients", "0"), "record clients must be at least 1, got 0"),
+        (("--dropout", "0.5"), "system 'ssgd': its workers stay from beginning to end, got dropout 0.5;"),
+        (("--availability", "0.5"), "system 'ssgd': its workers stay from beginning to end, got availability 0.5"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line(simulate: Simulate, options: tuple[str, ...], says: str) -> None:
@@ -334,8 +339,19 @@ def test_usage_errors(simulate: Simulate) -> None:
     assert simulate("ssgd", "--data", "data.npz").code == 2
 
 
-@given(steps=st.integers(1, 50), number=st.integers(0, 60), period=st.integers(1, 9))
+def test_a_folder_below_a_file_is_one_line(simulate: Simulate) -> None:
+    Path("file").touch()
+    for options in ((), ("--force",)):
+        for out in ("file", "file/below"):
+            done = simulate("ssgd", *GIVEN, *SHORT, "--out", out, *options)
+            assert done.code == 2
+            assert "file" in done.err
+            assert "\n" not in done.err.strip()
+
+
+@given(steps=st.integers(1, 50), number=st.integers(0, 49), period=st.integers(1, 9))
 def test_recorded_steps(steps: int, number: int, period: int) -> None:
+    number %= steps
     wanted = {step for step in range(60) if recorded_steps(f"first, last,{number}", steps)(step)}
     assert wanted == {0, steps - 1, number} & set(range(60))
     every = recorded_steps(f"every:{period}", steps)
@@ -404,6 +420,11 @@ def test_a_comparison_that_was_ended_goes_on(simulate: Simulate, monkeypatch: py
         (("--systems", "ssgd", "--system", "ssgd"), "system 'ssgd' was given twice"),
         ((), "no systems given; accepted: --systems sync,fedbuff or --system fedbuff:buffer=10"),
         (("--systems", "ssgd", "--latency", "-1"), "latency must be at least 0 seconds"),
+        (("--systems", "fedavg:local_learning_rate=1e38,patience=2"), "2 rounds in a row had fewer than 1 report"),
+        (("--systems", "ssgd", "--seconds", "0"), "seconds must be positive, got 0"),
+        (("--systems", "fedavg,ssgd", "--dropout", "0.1"), "system 'ssgd': its workers stay from beginning to end"),
+        (("--systems", "fedbuff:exponent=inf"), "exponent must be at least 0 and finite, got inf"),
+        (("--systems", "fedbuff:slope=inf"), "slope must be at least 0 and finite, got inf"),
     ],
 )  # fmt: skip
 def test_bad_comparisons(simulate: Simulate, options: tuple[str, ...], says: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -13,11 +14,12 @@ import pytest
 import typer
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from tiny_audits import FACTORIES, private_batch
 from typer.testing import CliRunner, Result
 
 from leakaudit.errors import InputError
-from leakaudit.inference_cli import infer
+from leakaudit.inference_cli import infer, print_inference
 from leakaudit.inference_results import (
     RATES,
     InferenceOutcome,
@@ -148,6 +150,24 @@ def outcome(auc: float | None) -> InferenceOutcome:
 def test_a_limit_is_broken_above_it(auc: float, most: float) -> None:
     broken = broken_limits(parse_limits(f"auc>{most!r}"), [outcome(auc), outcome(None)])
     assert len(broken) == (auc > most)
+
+
+@pytest.mark.parametrize(("high", "code"), [(0.59, 0), (0.6, 0), (0.61, 3)])
+def test_an_interval_that_reaches_above_the_policy_shows_nothing(
+    run: Run, tmp_path: Path, high: float, code: int
+) -> None:
+    run("--trials", 1, "--attack", "membership-gradient:calibration=0")
+    measured = read_inference(tmp_path / "runs" / "infer")
+    rate = Rate(name="auc", value=0.55, low=0.4, high=high, chance=0.5)
+    found = measured.model_copy(
+        update={"policy": "auc>0.6", "outcomes": [outcome(None).model_copy(update={"rates": [rate]})]}
+    )
+    assert found.exit_code == code
+    assert bool(found.undecided) == (code == 3)
+    console = Console(file=io.StringIO(), width=80)
+    print_inference(found, console)
+    assert isinstance(console.file, io.StringIO)
+    assert ("Not shown to be within the policy" in console.file.getvalue()) == (code == 3)
 
 
 @pytest.mark.parametrize("text", ["", "auc", "auc<0.6", "auc>1", "auc>-1", "auc>nan", "auc>inf", "auc>0.6,"])

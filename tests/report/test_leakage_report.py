@@ -66,6 +66,10 @@ FAILED = LEAKING.model_copy(
 )
 
 
+ELSEWHERE = NETWORK.model_copy(update={"run": "elsewhere"})
+"""All that there is of another run."""
+
+
 def result_of(*rows: LeakageRow, **facts: object) -> LeakageResult:
     return LeakageResult(
         created="2026-01-01T00:00:00+00:00",
@@ -88,6 +92,8 @@ def result_of(*rows: LeakageRow, **facts: object) -> LeakageResult:
         ([LEAKING.model_copy(update={"verdict": "not-recovered"}), NETWORK], "psnr>20", 0),
         ([LEAKING.model_copy(update={"verdict": "inconclusive"})], "psnr>20", 3),
         ([LEAKING.model_copy(update={"verdict": "not-recovered"}), FAILED], "psnr>20", 3),
+        ([LEAKING.model_copy(update={"verdict": "not-recovered"}), ELSEWHERE], "psnr>20", 3),
+        ([LEAKING, ELSEWHERE], "psnr>20", 1),
     ],
 )
 def test_exit_codes(rows: list[LeakageRow], policy: str, code: int) -> None:
@@ -150,3 +156,18 @@ def test_words_of_a_row() -> None:
     assert state_of(FAILED) == "failed"
     assert state_of(LEAKING.model_copy(update={"status": "interrupted"})) == "leaks"
     assert headline(result_of(NETWORK)) == "No view holds an update to attack."
+
+
+def test_a_view_that_was_not_judged_is_never_called_not_reconstructed() -> None:
+    held = LEAKING.model_copy(update={"verdict": "not-recovered"})
+    assert headline(result_of(held)) == "The attacked view was not reconstructed."
+    assert headline(result_of(held, held)) == "None of 2 attacked views was reconstructed."
+    assert headline(result_of(held, FAILED)).startswith("1 of 2 attacked views could not be judged")
+
+
+def test_a_run_of_which_nothing_was_attacked_is_named(tmp_path: Path) -> None:
+    held = LEAKING.model_copy(update={"verdict": "not-recovered", "example": None})
+    result, buffer = result_of(held, ELSEWHERE), io.StringIO()
+    print_leakage(result, Console(file=buffer, width=80))
+    assert "No update of elsewhere was attacked" in buffer.getvalue()
+    assert "No update of elsewhere was attacked" in render_leakage(result, tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -88,6 +89,13 @@ def test_a_logarithmic_axis_has_a_place_for_zero() -> None:
     assert [tick.text for tick in axis.ticks()] == ["0", "10⁻²", "10⁻¹", "10⁰"]
     assert axis.at(0.1) == pytest.approx((axis.at(0.01) + axis.at(1.0)) / 2, abs=0.1)
     assert Axis(0.0, 10.0, 0.0, 100.0).at(5.0) == 50.0
+
+
+@pytest.mark.parametrize("axis", [linear_axis, log_axis])
+@pytest.mark.parametrize("values", [[2.30259, 2.30301], [7.5, 9.5], [11.0, 13.0], [2.0, 5.0], [0.3, 40.0]])
+def test_neighbouring_ticks_are_told_apart(axis: Callable[..., Axis], values: list[float]) -> None:
+    texts = [tick.text for tick in axis(values, 0.0, 300.0).ticks()]
+    assert len(set(texts)) == len(texts) >= 2
 
 
 def cell(
