@@ -19,7 +19,7 @@ from tiny_audits import FACTORIES, private_batch
 from typer.testing import CliRunner, Result
 
 from leakaudit.errors import InputError
-from leakaudit.inference_cli import infer, print_inference
+from leakaudit.inference_cli import infer
 from leakaudit.inference_results import (
     RATES,
     InferenceOutcome,
@@ -29,6 +29,7 @@ from leakaudit.inference_results import (
     parse_limits,
     read_inference,
 )
+from leakaudit.report.inference_terminal import print_inference
 
 app = typer.Typer(pretty_exceptions_enable=False)
 app.command()(infer)
