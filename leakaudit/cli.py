@@ -118,7 +118,7 @@ def demo(
     with progress_bar(Console(stderr=True)) as on_progress:
         reports = run_demo(out, seed, console, on_progress, text=text)
     for report in reports:
-        console.print(f"Report: {report}", soft_wrap=True, highlight=False)
+        console.print(f"Report: {report}", soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
 @app.command()
@@ -200,7 +200,7 @@ def capture(
     )
     console = Console()
     for line in summary:
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+        console.print(line, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
 @app.command()
@@ -497,7 +497,7 @@ def report(
     from leakaudit.report.finished import write_report
 
     write_report(run, html, redact=redact)
-    Console().print(f"Report: {html}", soft_wrap=True, highlight=False)
+    Console().print(f"Report: {html}", soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
 @app.command()
@@ -516,8 +516,8 @@ def baseline(
     console = Console()
     for entry in written.entries:
         line = f"{entry.cell}: {entry.owner}, until {entry.expires}"
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
-    console.print(f"Baseline: {out}", soft_wrap=True, highlight=False, markup=False)
+        console.print(line, soft_wrap=True, highlight=False, markup=False, emoji=False)
+    console.print(f"Baseline: {out}", soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
 @app.command("list")
@@ -627,7 +627,9 @@ def main() -> None:
     try:
         app()
     except LeakauditError as error:
-        Console(stderr=True).print(f"leakaudit: {error}", markup=False, highlight=False, soft_wrap=True)
+        Console(stderr=True).print(
+            f"leakaudit: {error}", markup=False, emoji=False, highlight=False, soft_wrap=True
+        )
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import stat
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -563,3 +564,14 @@ def test_files_of_other_kinds(run: Runner, tmp_path: Path) -> None:
     assert done.code == 1, done.err
     result = read_run(tmp_path / "out")
     assert {row.name: row.status for row in result.knowledge}["defense"] == "unknown"
+
+
+def test_errors_and_results_are_printed_as_they_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """rich takes `:factory:` for a picture and `[bold]` for a style."""
+    monkeypatch.setattr(sys, "argv", ["leakaudit", "attack", "model.py:factory:[bold]:x.safetensors"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert "model.py:factory:[bold]:x.safetensors" in capsys.readouterr().err

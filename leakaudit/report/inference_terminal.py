@@ -13,7 +13,7 @@ from leakaudit.inference_results import INFERENCE_NAME, RATE_WORDS, InferenceOut
 
 def print_inference(result: InferenceResult, console: Console, folder: Path | None = None) -> None:
     """Print the rates of every inference with their intervals and chance, and what broke the policy."""
-    console.print(_heading(result), soft_wrap=True, highlight=False, markup=False)
+    console.print(_heading(result), soft_wrap=True, highlight=False, markup=False, emoji=False)
     table = Table(show_edge=False, pad_edge=False, header_style="bold")
     table.add_column("inference", overflow="fold")
     table.add_column("yes / no", justify="right")
@@ -28,13 +28,17 @@ def print_inference(result: InferenceResult, console: Console, folder: Path | No
     console.print(table)
     for outcome in result.outcomes:
         for reason in _reasons(outcome):
-            console.print(f"{outcome.attack}: {reason}", soft_wrap=True, highlight=False, markup=False)
+            console.print(
+                f"{outcome.attack}: {reason}", soft_wrap=True, highlight=False, markup=False, emoji=False
+            )
     policy = [f"Above the policy: {text}" for text in result.broken]
     policy += [f"Not shown to be within the policy: {text}" for text in result.undecided]
     for line in [*result.notes, *policy]:
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+        console.print(line, soft_wrap=True, highlight=False, markup=False, emoji=False)
     if folder is not None:
-        console.print(f"Result: {folder / INFERENCE_NAME}", soft_wrap=True, highlight=False, markup=False)
+        console.print(
+            f"Result: {folder / INFERENCE_NAME}", soft_wrap=True, highlight=False, markup=False, emoji=False
+        )
 
 
 def _heading(result: InferenceResult) -> str:

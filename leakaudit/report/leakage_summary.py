@@ -36,7 +36,9 @@ def headline(result: LeakageResult) -> str:
     if not leaking:
         judged = sum(row.verdict == "not-recovered" for row in attacked)
         if judged < len(attacked):
-            return f"{len(attacked) - judged} of {many} could not be judged: whether they leak is open."
+            return (
+                f"{len(attacked) - judged} of {many} could not be judged: whether private data leaks is open."
+            )
         return (
             f"None of {many} was reconstructed."
             if len(attacked) > 1

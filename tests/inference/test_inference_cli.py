@@ -153,6 +153,15 @@ def test_a_limit_is_broken_above_it(auc: float, most: float) -> None:
     assert len(broken) == (auc > most)
 
 
+def test_a_factorys_name_is_no_picture(run: Run, tmp_path: Path) -> None:
+    run("--trials", 1, "--attack", "membership-gradient:calibration=0")
+    found = read_inference(tmp_path / "runs" / "infer")
+    found = found.model_copy(update={"model": found.model.model_copy(update={"name": "model.py:factory"})})
+    file = io.StringIO()
+    print_inference(found, Console(file=file, width=80))
+    assert file.getvalue().startswith("model.py:factory: 1 update")
+
+
 @pytest.mark.parametrize(("high", "code"), [(0.59, 0), (0.6, 0), (0.61, 3)])
 def test_an_interval_that_reaches_above_the_policy_shows_nothing(
     run: Run, tmp_path: Path, high: float, code: int
