@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any
@@ -177,6 +178,11 @@ class Simulation:
 
     def _measure(self) -> None:
         quality = self.task.quality(self.params)
+        if not math.isfinite(quality["all"].loss):
+            raise InputError(
+                f"the held-out loss is {quality['all'].loss} after step {self.step} at {self.env.now:.3g} s;"
+                " lower the learning rate"
+            )
         self.curve.append(
             Point(self.step, self.env.now, self.uploaded, self.downloaded, self.updates, quality)
         )

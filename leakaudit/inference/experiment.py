@@ -242,7 +242,7 @@ def _evidence(
 ) -> tuple[Records, Evidence]:
     """All records, and what the adversary holds of them; `InputError` where they are too few."""
     candidates = len(data) // 2 if plan.candidates is None else plan.candidates
-    reference = len(data) - candidates if plan.reference is None else plan.reference
+    reference = max(len(data) - candidates, 0) if plan.reference is None else plan.reference
     if candidates < 2 or reference < 0 or candidates + reference > len(data):
         raise InputError(
             f"{candidates} candidates and {reference} reference records of {counted(len(data), 'record')}; accepted:"

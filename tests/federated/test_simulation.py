@@ -146,6 +146,13 @@ def test_a_diverged_model_ends_the_run_with_one_line() -> None:
         run.apply({name: p * float("nan") for name, p in run.params.items()}, 1)
 
 
+def test_a_model_whose_loss_is_not_finite_ends_the_run_with_one_line() -> None:
+    run = simulation(every=1)
+    huge = {name: torch.full_like(p, 1e308) for name, p in run.params.items()}
+    with pytest.raises(InputError, match=r"the held-out loss is (nan|inf) after step 1 at 0 s"):
+        run.apply(huge, 1)
+
+
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_every_system_runs_and_repeats(name: str) -> None:
     """Contract: real training on a real (small) task; the same seed gives the same model, curve and messages."""
