@@ -9,7 +9,7 @@ import shlex
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -309,17 +309,16 @@ def _network_row(item: Planned) -> LeakageRow:
         messages = read_network(item.folder)
     except InputError as error:
         return item.row().model_copy(update={"status": "no-update", "error": str(error)})
-    parameters = _stated(item.folder).get("parameters")
-    inferred = infer(
-        messages or [], _speeds(item.folder), parameters if isinstance(parameters, int) else None
-    )
+    run = _stated(item.folder)
+    parameters = run.get("parameters")
+    inferred = infer(messages or [], _speeds(run), parameters if isinstance(parameters, int) else None)
     return item.row().model_copy(
         update={"status": "no-update", "inferred": inferred, "note": "sizes and times of messages"}
     )
 
 
-def _speeds(folder: Path) -> Speeds | None:
-    scenario = _stated(folder).get("scenario")
+def _speeds(run: Mapping[str, object]) -> Speeds | None:
+    scenario = run.get("scenario")
     seconds = scenario.get("step_seconds") if isinstance(scenario, dict) else None
     if not isinstance(scenario, dict) or not isinstance(seconds, (int, float)):
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -55,17 +56,14 @@ class Alignment:
     def scores(self, view: View, evidence: Evidence, generator: torch.Generator) -> Tensor:
         found = responses(view, evidence, self.numbers)
 
-        def agreement(update: Tensor) -> Tensor:
-            inner = found.candidates @ update
+        def agreement(update: Update) -> Tensor:
+            numbers = found.at(update)
+            inner = found.candidates @ numbers
             if self.measure == "inner":
                 return inner
-            return inner / (found.candidates.norm(dim=1) * update.norm()).clamp_min(1e-300)
+            return inner / (found.candidates.norm(dim=1) * numbers.norm()).clamp_min(1e-300)
 
-        bare = agreement(found.at(view.observed))
-        if not self.calibration:
-            return bare
-        others = imagined(view, evidence, self.calibration, generator)
-        return standardised(bare, [agreement(found.at(other.update)) for other in others])
+        return calibrated(agreement, self.calibration, view, evidence, generator)
 
 
 @dataclass(frozen=True)
@@ -107,17 +105,27 @@ class LossDrop:
             after = {name: p - rate * update[name] if name in update else p for name, p in params.items()}
             return before - losses(view.victim, after, records)
 
-        bare = drop(view.observed)
-        if not self.calibration:
-            return bare
-        others = imagined(view, evidence, self.calibration, generator)
-        return standardised(bare, [drop(other.update) for other in others])
+        return calibrated(drop, self.calibration, view, evidence, generator)
 
     def _rate(self, view: View, update: Update) -> float:
         if view.round.local_steps > 1 and not view.scale_free:
             return view.round.learning_rate
         length = Update(view.victim.params).select(update).norm()
         return float(self.step * length / update.norm().clamp_min(torch.finfo(length.dtype).tiny))
+
+
+def calibrated(
+    score: Callable[[Update], Tensor],
+    count: int,
+    view: View,
+    evidence: Evidence,
+    generator: torch.Generator,
+) -> Tensor:
+    """The scores (M,) of the observed update; for a count > 0 against those of so many imagined ones."""
+    bare = score(view.observed)
+    if not count:
+        return bare
+    return standardised(bare, [score(other.update) for other in imagined(view, evidence, count, generator)])
 
 
 def standardised(bare: Tensor, others: list[Tensor]) -> Tensor:

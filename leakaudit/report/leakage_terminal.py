@@ -16,9 +16,9 @@ from rich.text import Text
 from leakaudit.leakage_results import LeakageResult, LeakageRow
 from leakaudit.report import words
 from leakaudit.report.folder import REPORT_NAME
+from leakaudit.report.gate_terminal import STATE_MARKS, STATE_STYLES, gate_panel
 from leakaudit.report.leakage_summary import (
     EXIT_MEANINGS,
-    State,
     headline,
     scores_of,
     seen,
@@ -26,27 +26,6 @@ from leakaudit.report.leakage_summary import (
     what_happened,
 )
 from leakaudit.report.terminal import plain
-
-STYLES: dict[State, str] = {
-    "leaks": "red",
-    "not-recovered": "blue",
-    "inconclusive": "yellow",
-    "failed": "yellow",
-    "interrupted": "yellow",
-    "pending": "dim",
-    "no-update": "dim",
-}
-MARKS: dict[State, str] = {
-    "leaks": "!",
-    "not-recovered": "-",
-    "inconclusive": "?",
-    "failed": "x",
-    "interrupted": "?",
-    "pending": ".",
-    "no-update": " ",
-}
-EXIT_STYLES = {0: "blue", 1: "red", 3: "yellow"}
-EXIT_WORDS = {0: "- WITHIN THE POLICY", 1: "! LEAKS", 3: "? INCONCLUSIVE"}
 
 
 def print_leakage(result: LeakageResult, console: Console, folder: Path | None = None) -> None:
@@ -76,11 +55,8 @@ def _panel(result: LeakageResult) -> Panel:
     if result.policy:
         lines.append(plain(f"Policy: {result.policy}", "dim"))
     lines.append(plain(f"Exit code {code}: {EXIT_MEANINGS[code]}", "dim"))
-    if any(row.verdict == "not-recovered" for row in result.rows):
-        lines.append(Text("What was not recovered by these attacks is not thereby safe.", style="dim"))
-    style = EXIT_STYLES[code]
-    title = Text(EXIT_WORDS[code], style=f"bold {style}")
-    return Panel(Group(*lines), title=title, title_align="left", border_style=style, padding=(0, 1))
+    unrecovered = any(row.verdict == "not-recovered" for row in result.rows)
+    return gate_panel(lines, code, unrecovered=unrecovered)
 
 
 def _table(result: LeakageResult) -> Table:
@@ -90,7 +66,7 @@ def _table(result: LeakageResult) -> Table:
     table.add_column("Verdict", no_wrap=True)
     for row in result.rows:
         state = state_of(row)
-        verdict = Text(f"{MARKS[state]} {state.replace('-', ' ')}".strip(), style=STYLES[state])
+        verdict = Text(f"{STATE_MARKS[state]} {state.replace('-', ' ')}".strip(), style=STATE_STYLES[state])
         table.add_row(
             plain(row.system, "bold"),
             plain(row.role),

@@ -8,18 +8,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
 from leakaudit.report import words
 from leakaudit.report.folder import REPORT_NAME
+from leakaudit.report.gate_terminal import STATE_MARKS, STATE_STYLES, gate_panel
 from leakaudit.report.sweep_summary import (
     EXIT_MEANINGS,
     Pair,
     Row,
-    State,
     Yardstick,
     chief_bound,
     epsilon_of,
@@ -34,22 +34,6 @@ from leakaudit.report.sweep_summary import (
 from leakaudit.report.terminal import plain
 from leakaudit.sweep_results import NO_DEFENSE, Bound, SweepResult, Utility
 
-STATE_STYLES: dict[State, str] = {
-    "leaks": "red",
-    "not-recovered": "blue",
-    "inconclusive": "yellow",
-    "failed": "yellow",
-    "pending": "dim",
-}
-STATE_MARKS: dict[State, str] = {
-    "leaks": "!",
-    "not-recovered": "-",
-    "inconclusive": "?",
-    "failed": "x",
-    "pending": ".",
-}
-EXIT_STYLES = {0: "blue", 1: "red", 3: "yellow"}
-EXIT_WORDS = {0: "- WITHIN THE POLICY", 1: "! LEAKS", 3: "? INCONCLUSIVE"}
 MAX_NAMES = 20
 
 
@@ -90,11 +74,8 @@ def _panel(result: SweepResult) -> Panel:
         lines.append(Text("Interrupted: cells that did not finish prove nothing.", style="yellow"))
     lines.append(plain(f"Policy: {result.gate.policy}{_quantile(result)}", "dim"))
     lines.append(plain(f"Exit code {result.exit_code}: {EXIT_MEANINGS[result.exit_code]}", "dim"))
-    if any(cell.verdict == "not-recovered" for cell in result.cells):
-        lines.append(Text("What was not recovered by these attacks is not thereby safe.", style="dim"))
-    style = EXIT_STYLES[code]
-    title = Text(EXIT_WORDS[code], style=f"bold {style}")
-    return Panel(Group(*lines), title=title, title_align="left", border_style=style, padding=(0, 1))
+    unrecovered = any(cell.verdict == "not-recovered" for cell in result.cells)
+    return gate_panel(lines, code, unrecovered=unrecovered)
 
 
 def _quantile(result: SweepResult) -> str:
