@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from leakaudit.federated.options import SystemOptions
 from leakaudit.federated.population import PopulationOptions, draw_population
 from leakaudit.federated.seen import Seen
 from leakaudit.federated.simulation import Limits, Simulation
@@ -45,3 +46,18 @@ def simulation(world: Task | None = None, steps: int = 5, every: int = 100, seed
     """Every step is seen, in memory."""
     world = world or task()
     return Simulation(world, Trainer(world), Seen(lambda step: True), Limits(steps=steps, every=every), seed)
+
+
+Model = dict[str, torch.Tensor]
+
+
+def trained(
+    options: SystemOptions, world: Task, steps: int = 12, together: int = 16
+) -> tuple[Simulation, list[Model]]:
+    """A run, and its model after every step."""
+    run = simulation(world, steps=steps)
+    run.trainer = Trainer(world, together=together)
+    history = [dict(run.params)]
+    run.on_step = lambda *_: history.append(dict(run.params))
+    run.run(options)
+    return run, history

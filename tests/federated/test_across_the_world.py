@@ -9,35 +9,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_worlds import simulation, task
+from small_worlds import Model, simulation, task, trained
 from torch.testing import assert_close
 
 from leakaudit.defenses import DEFENSES, apply
 from leakaudit.federated.cost import dense_bytes, sparse_bytes
-from leakaudit.federated.options import SYSTEMS, AcrossTheWorld, DelayedSGD, SynchronousSGD, SystemOptions
+from leakaudit.federated.options import SYSTEMS, AcrossTheWorld, DelayedSGD, SynchronousSGD
 from leakaudit.federated.seen import Observation
-from leakaudit.federated.simulation import Simulation, descend
+from leakaudit.federated.simulation import descend
 from leakaudit.federated.task import Task
-from leakaudit.federated.trainer import Trainer
 from leakaudit.randomness import fork
 from leakaudit.rounds import Round, client_update
 from leakaudit.spec import parse
 from leakaudit.update import Update
 
 DENSE = AcrossTheWorld(delay=0, period=1, keep=1.0, momentum=0.0, learning_rate=0.3, batch_size=4)
-Model = dict[str, torch.Tensor]
-
-
-def trained(
-    options: SystemOptions, world: Task, steps: int = 12, together: int = 16
-) -> tuple[Simulation, list[Model]]:
-    """A run, and its model after every step."""
-    run = simulation(world, steps=steps)
-    run.trainer = Trainer(world, together=together)
-    history = [dict(run.params)]
-    run.on_step = lambda *_: history.append(dict(run.params))
-    run.run(options)
-    return run, history
 
 
 def same_bits(ours: list[Model], theirs: list[Model]) -> bool:

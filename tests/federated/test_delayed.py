@@ -8,20 +8,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_worlds import simulation, task
+from small_worlds import Model, simulation, task, trained
 from torch.testing import assert_close
 
 from leakaudit.errors import InputError
 from leakaudit.federated.cost import all_reduce_seconds, dense_bytes
 from leakaudit.federated.options import AsynchronousSGD, DelayedSGD, SynchronousSGD, SystemOptions, Topology
 from leakaudit.federated.replay import MeanModel
-from leakaudit.federated.simulation import Simulation
 from leakaudit.federated.task import Task
-from leakaudit.federated.trainer import Trainer
 from leakaudit.rounds import client_update
 from leakaudit.update import Update
-
-Model = dict[str, torch.Tensor]
 
 
 def by_hand(
@@ -64,18 +60,6 @@ def drawn(world: Task, steps: int, batch: int) -> list[list[torch.Tensor]]:
     return [[run.batch(client, batch) for client in run.clients] for _ in range(steps)]
 
 
-def trained(
-    options: SystemOptions, world: Task, steps: int = 9, together: int = 16
-) -> tuple[Simulation, list[Model]]:
-    """A run, and its model after every step."""
-    run = simulation(world, steps=steps)
-    run.trainer = Trainer(world, together=together)
-    history = [dict(run.params)]
-    run.on_step = lambda *_: history.append(dict(run.params))
-    run.run(options)
-    return run, history
-
-
 @settings(max_examples=15, deadline=None)
 @given(
     st.integers(0, 6),
@@ -86,7 +70,7 @@ def trained(
 def test_it_is_the_recurrence(delay: int, workers: int, momentum: float, topology: Topology) -> None:
     world = task(clients=workers, speed_spread=0.5)
     options = DelayedSGD(delay, 0.3, momentum, batch_size=4, topology=topology)
-    _, history = trained(options, world)
+    _, history = trained(options, world, steps=9)
     models, gradients = by_hand(world, drawn(world, 9, 4), delay, 0.3, momentum)
     for model, local in zip(history, models, strict=True):
         assert_close(model, {name: sum(w[name] for w in local) / workers for name in model})
@@ -105,11 +89,15 @@ def test_without_delay_it_is_synchronous_sgd_bit_by_bit(
 ) -> None:
     world = task(clients=workers)
     # one client after the other: vmap rounds differently where clients share a model
-    delayed, ours_by_step = trained(DelayedSGD(0, 0.3, momentum, 4, topology), world, together=1)
-    synchronous, theirs_by_step = trained(SynchronousSGD(0.3, momentum, 4, topology), world, together=1)
+    delayed, ours_by_step = trained(DelayedSGD(0, 0.3, momentum, 4, topology), world, steps=9, together=1)
+    synchronous, theirs_by_step = trained(
+        SynchronousSGD(0.3, momentum, 4, topology), world, steps=9, together=1
+    )
     for ours, theirs in zip(ours_by_step, theirs_by_step, strict=True):
         assert all(torch.equal(p, theirs[name]) for name, p in ours.items())
-    assert_close(trained(DelayedSGD(0, 0.3, momentum, 4, topology), world)[0].params, synchronous.params)
+    assert_close(
+        trained(DelayedSGD(0, 0.3, momentum, 4, topology), world, steps=9)[0].params, synchronous.params
+    )
     assert delayed.env.now == pytest.approx(synchronous.env.now)
     seen_by_name, others = ({o.name: o for o in run.seen.kept} for run in (delayed, synchronous))
     assert seen_by_name.keys() == others.keys()
@@ -129,7 +117,7 @@ def test_without_delay_it_is_synchronous_sgd_bit_by_bit(
 def test_a_server_replays_every_local_model(delay: int, momentum: float) -> None:
     """Delay protects nothing: from the messages alone come the bases, and with them the gradients' equations."""
     world = task(clients=3)
-    run, _ = trained(DelayedSGD(delay, 0.3, momentum, batch_size=4), world)
+    run, _ = trained(DelayedSGD(delay, 0.3, momentum, batch_size=4), world, steps=9)
     models, gradients = by_hand(world, drawn(world, 9, 4), delay, 0.3, momentum)
     single = [seen for seen in run.seen.kept if seen.observer is not None]
     # 0.3 s a step, 0.05 s a message: at the end of step 8, the gradient of step 8 has not arrived
@@ -164,7 +152,7 @@ def total(world: Task, seen: object) -> Update:
 
 def test_a_peer_knows_the_others_models_on_average_only() -> None:
     world = task(clients=4)
-    run, _ = trained(DelayedSGD(2, 0.3, batch_size=4, topology="all-reduce"), world)
+    run, _ = trained(DelayedSGD(2, 0.3, batch_size=4, topology="all-reduce"), world, steps=9)
     models, gradients = by_hand(world, drawn(world, 9, 4), 2, 0.3)
     assert [seen.step for seen in run.seen.kept] == list(range(7)), "a ring of 6 messages takes 0.3 s"
     for seen in run.seen.kept:
@@ -179,7 +167,7 @@ def test_a_peer_knows_the_others_models_on_average_only() -> None:
 
 def test_a_peer_of_one_knows_the_others_model() -> None:
     world = task(clients=2)
-    run, _ = trained(DelayedSGD(3, 0.3, batch_size=4, topology="all-reduce"), world)
+    run, _ = trained(DelayedSGD(3, 0.3, batch_size=4, topology="all-reduce"), world, steps=9)
     models, _ = by_hand(world, drawn(world, 9, 4), 3, 0.3)
     for seen in run.seen.kept:
         assert seen.exact
