@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from leakaudit.atomic import sha256_of, writable_folder, write_atomically
+from leakaudit.attacks.compiling import Compiler
 from leakaudit.auditing import Settings, Subject
 from leakaudit.auditing import audit as run_audit
 from leakaudit.capture import Captured, capture, round_of, write_captured
@@ -71,6 +72,7 @@ def attack(
     controls: bool = True,
     redact: bool = False,
     device: str = "auto",
+    compile: str | None = None,
     out: str | Path | None = None,
     force: bool = False,
     on_progress: OnProgress | None = None,
@@ -89,6 +91,7 @@ def attack(
         metrics: names of `leakaudit.policy.MEDIUM_METRICS`; None for mse, psnr, ssim and lpips, or all of text.
         controls: run the positive control when nothing was recovered.
         redact: leave the originals out of everything written.
+        compile: "auto", "always" or "never"; see `leakaudit.attacks.compiling.Compiler`.
         out: the run folder; None for a new temporary one (`result.folder` says where).  A folder with
             the finished run of another update is refused without `force`.
 
@@ -99,6 +102,7 @@ def attack(
         raise InputError(f"pool {pool} is compared with the private batch; accepted only with a truth file")
     _check_names(policy, metrics)
     budget = _positive(budget, "budget")
+    compiler = Compiler.of(compile)
     downloaded = checkpoint or before
     manifest = _stated(manifest, task, lora)
     sources = Sources(update, model, checkpoint, before, manifest, labels, truth, pool, device)
@@ -109,6 +113,7 @@ def attack(
         plan=Plan(attacks=tuple(attacks), seed=seed, budget=budget, restarts=restarts),
         policy=thresholds,
         metrics=metrics_of(metrics, thresholds, medium),
+        compiler=compiler,
         controls=controls,
         redact=redact,
         command=command,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from leakaudit import __version__
+from leakaudit.attacks.compiling import Compiler
 from leakaudit.attacks.disturbance import errors_of
 from leakaudit.attacks.registry import MAXIMUM_A_POSTERIORI
 from leakaudit.errors import InputError
@@ -80,12 +81,13 @@ class Subject:
 class Settings:
     """How to audit: what to run, what counts as leakage, and what to print on the report.
 
-    `controls`: run the positive control when nothing was recovered.
+    `controls`: run the positive control when nothing was recovered; `compiler`: of the attacks' steps.
     """
 
     plan: Plan = field(default_factory=Plan)
     policy: Policy = field(default_factory=lambda: parse_policy(DEFAULT_POLICY))
     metrics: tuple[str, ...] = DEFAULT_METRICS
+    compiler: Compiler = field(default_factory=Compiler.of)
     controls: bool = True
     redact: bool = False
     command: str = ""
@@ -105,7 +107,9 @@ def audit(
     share = None if plan.budget is None else SWEEP_SHARE * plan.budget
     view, sweep = medium.settle(subject.view, plan.seed, progress(on_progress, "unknown facts"), share)
     left = None if plan.budget is None else max(0.0, plan.budget - (time.monotonic() - began))
-    outcomes, skipped = run_attacks(view, replace(plan, budget=left), folder / "attempts", on_progress)
+    outcomes, skipped = run_attacks(
+        view, replace(plan, budget=left), folder / "attempts", on_progress, settings.compiler
+    )
     best = _best(outcomes, disturbed=bool(errors_of(view)))
     yardstick: Yardstick[Any, Any] = Yardstick(
         subject.truth, subject.pool, settings.metrics, settings.policy, plan.seed, settings.redact
@@ -279,7 +283,7 @@ def _positive_control(
     refused = outcome.chosen.attack.applies(control)
     if refused is not None:
         return _no_control(f"{label} does not apply to it: {refused}")
-    outcomes, _ = run_attacks(control, plan, folder / "attempts", on_progress)
+    outcomes, _ = run_attacks(control, plan, folder / "attempts", on_progress, settings.compiler)
     if outcomes[0].status == "interrupted":
         return _no_control("it was interrupted")
     yardstick: Yardstick[Any, Any] = Yardstick(example, None, settings.metrics, settings.policy, plan.seed)

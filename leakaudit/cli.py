@@ -300,6 +300,14 @@ def attack(
     lora: Lora = None,
     noise_std: NoiseStd = None,
     device: Device = "auto",
+    compile: Annotated[
+        str | None,
+        typer.Option(
+            help="Compile the attack's step: auto (where it pays), always or never.",
+            envvar="LEAKAUDIT_COMPILE",
+            show_envvar=True,
+        ),
+    ] = None,
     seed: Seed = 0,
     force: Force = False,
 ) -> None:
@@ -332,6 +340,7 @@ def attack(
             controls=controls,
             redact=redact,
             device=device,
+            compile=compile,
             out=out,
             force=force,
             on_progress=on_progress,
@@ -548,6 +557,10 @@ def _finish(result: AuditResult, html: Path | None) -> None:
     if html is not None:
         write_page(result, html, redact=result.redacted)
     print_result(result, Console(), result.folder)
+    for trial in result.trials:
+        step = trial.details.get("step", "")
+        if step.startswith("eager, "):
+            typer.echo(f"{trial.attack} ran {step}", err=True)
     raise typer.Exit(result.exit_code)
 
 

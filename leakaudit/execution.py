@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from leakaudit.attacks.base import Monitor, OnStep, Reconstruction
+from leakaudit.attacks.compiling import EAGER, Compiler
 from leakaudit.attacks.disturbance import errors_of
 from leakaudit.attacks.registry import ATTACKS, AUTO, EXACT, MAXIMUM_A_POSTERIORI, medium_of_attack
 from leakaudit.attempts import AttemptStore
@@ -60,9 +61,17 @@ def choose(specs: tuple[str, ...], auto: Sequence[str] = AUTO) -> Iterator[Chose
 
 
 def run_attacks(
-    view: View, plan: Plan, store_folder: Path, on_progress: OnProgress | None = None
+    view: View,
+    plan: Plan,
+    store_folder: Path,
+    on_progress: OnProgress | None = None,
+    compiler: Compiler | None = None,
 ) -> tuple[list[Outcome], list[Skipped]]:
-    """Run the plan; Ctrl-C keeps the best candidate of the attack in progress and ends the run."""
+    """Run the plan; Ctrl-C keeps the best candidate of the attack in progress and ends the run.
+
+    `compiler` keeps what it compiles for the next runs; None for a new one.
+    """
+    compiler = compiler or Compiler.of()
     medium = medium_of(view.victim)
     chosen = list(choose(plan.attacks, medium.auto))
     deadline = None if plan.budget is None else time.monotonic() + plan.budget
@@ -79,7 +88,7 @@ def run_attacks(
             continue
         store = AttemptStore(store_folder, view, entry.spec, plan.seed)
         end = _share(deadline, len(chosen) - position)
-        outcomes.append(_run(entry, view, plan, store, end, on_progress))
+        outcomes.append(_run(entry, view, plan, store, end, on_progress, compiler))
         if outcomes[-1].status == "interrupted":
             rest = chosen[position + 1 :]
             skipped += [Skipped(attack=later.name, reason="interrupted before it began") for later in rest]
@@ -133,6 +142,7 @@ def _run(
     store: AttemptStore,
     deadline: float | None,
     on_progress: OnProgress | None,
+    compiler: Compiler,
 ) -> Outcome:
     began = time.monotonic()
     attempts: list[Measured] = []
@@ -141,7 +151,7 @@ def _run(
         label = f"{entry.name}, start {restart + 1}"
         try:
             kept = store.get(restart) or _attempt(
-                entry, view, plan.seed, restart, deadline, progress(on_progress, label)
+                entry, view, plan.seed, restart, deadline, progress(on_progress, label), compiler
             )
         except KeyboardInterrupt:
             interrupted = True
@@ -178,9 +188,16 @@ def _run(
 
 
 def _attempt(
-    entry: Chosen, view: View, seed: int, restart: int, deadline: float | None, on_step: OnStep | None
+    entry: Chosen,
+    view: View,
+    seed: int,
+    restart: int,
+    deadline: float | None,
+    on_step: OnStep | None,
+    compiler: Compiler,
 ) -> tuple[Reconstruction, float]:
-    monitor = Monitor(on_step, deadline)
+    monitor = Monitor(on_step, deadline, compiler=compiler)
+    compiler.step = EAGER
     generator = fork(seed, f"{entry.name}/{restart}", view.victim.device)
     began = time.monotonic()
     try:
@@ -189,6 +206,8 @@ def _attempt(
         if monitor.best_x is None:
             raise
         found = monitor.result(stopped="interrupted")
+    if compiler.step != EAGER:
+        found = replace(found, details={**found.details, "step": compiler.step})
     return found, time.monotonic() - began
 
 

@@ -16,6 +16,9 @@ TORCH_HOME = SHARED / "torch_home"
 
 if TORCH_HOME.is_dir():
     os.environ.setdefault("TORCH_HOME", str(TORCH_HOME))
+os.environ["LEAKAUDIT_COMPILE"] = (
+    "never"  # compiling a step takes 10 s; tests/attacks/test_compiling.py does it
+)
 torch.set_num_threads(1)
 
 

@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from leakaudit.attacks.compiling import Compiler
 from leakaudit.threat import View
 
 Stop = Literal["converged", "finished", "plateau", "diverged", "budget", "interrupted"]
@@ -100,6 +101,7 @@ class Monitor:
         on_step: called with (iteration, total, loss).
         deadline: value of `time.monotonic()` after which to stop; None for no limit.
         frames: film strip length at most, spaced by powers of a constant ratio.
+        compiler: of what is evaluated often; None for evaluating everything eagerly.
     """
 
     def __init__(
@@ -108,7 +110,9 @@ class Monitor:
         deadline: float | None = None,
         frames: int = 12,
         history: int = 400,
+        compiler: Compiler | None = None,
     ) -> None:
+        self.compiler = compiler or Compiler("never")
         self.best_x: Tensor | None = None
         self.best_y: Tensor | None = None
         self.best_loss = math.inf
@@ -134,9 +138,14 @@ class Monitor:
         """Whether the deadline has passed."""
         return self._deadline is not None and time.monotonic() > self._deadline
 
+    @property
+    def seconds_left(self) -> float | None:
+        """Until the deadline; None where there is none."""
+        return None if self._deadline is None else self._deadline - time.monotonic()
+
     def rehearsal(self) -> Monitor:
-        """A monitor for a try-out: the same deadline and progress, nothing of it kept here."""
-        return Monitor(self._on_step, self._deadline)
+        """A monitor for a try-out: the same deadline, progress and compiler, nothing of it kept here."""
+        return Monitor(self._on_step, self._deadline, compiler=self.compiler)
 
     def expect(self, total: int) -> None:
         """Several optimisations follow, of at most `total` iterations together: one progress bar, one film strip."""

@@ -8,15 +8,17 @@ descend it under the eyes of a `Monitor`, `continuation` one objective after ano
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
+from torch.func import grad_and_value, vmap
 
 from leakaudit.attacks.base import Monitor
+from leakaudit.attacks.compiling import Function
 from leakaudit.attacks.disturbance import Comparison
 from leakaudit.attacks.matching import (
     Distance,
@@ -65,11 +67,80 @@ class Candidate:
 
     def differentiate(self, loss: Tensor) -> None:
         """Put the gradient of `loss` where an optimizer finds it, and nowhere else."""
-        for variable, gradient in zip(self.variables, torch.autograd.grad(loss, self.variables), strict=True):
+        self.descend_along(torch.autograd.grad(loss, self.variables))
+
+    def descend_along(self, gradients: Sequence[Tensor]) -> None:
+        """Put the gradient of every variable where an optimizer finds it."""
+        for variable, gradient in zip(self.variables, gradients, strict=True):
             variable.grad = gradient.contiguous()  # L-BFGS flattens it with view
 
 
 Objective = Callable[[Tensor, Tensor], Tensor]
+
+
+def evaluation(
+    candidate: Candidate, objective: Objective, monitor: Monitor, evaluations: int
+) -> Callable[[], Tensor]:
+    """What returns the objective's value at the candidate, a scalar, and leaves its gradient there.
+
+    Compiled where `evaluations`, the most that will follow, are worth it to the monitor's compiler.
+    """
+    if candidate.logits is None:
+        assert candidate.labels is not None
+        arguments, differentiated = (candidate.x, candidate.labels), value_and_gradient(objective)
+    else:
+        arguments, differentiated = (candidate.x, candidate.logits), value_and_gradients(objective)
+    quick = monitor.compiler.prepare(
+        differentiated, [a.detach() for a in arguments], evaluations, monitor.seconds_left
+    )
+
+    def evaluate() -> Tensor:
+        loss, *gradients = quick(*(argument.detach() for argument in arguments))
+        candidate.descend_along(gradients)
+        return loss
+
+    return evaluate
+
+
+def value_and_gradient(objective: Objective) -> Function:
+    """(x, labels) -> the objective's value and its gradient to x."""
+
+    def function(x: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            loss = objective(x, labels)
+            return loss.detach(), *torch.autograd.grad(loss, x)
+
+    return function
+
+
+def value_and_gradients(objective: Objective) -> Function:
+    """(x, logits) -> the objective's value at the labels softmax(logits), and its gradients to x and logits."""
+
+    def function(x: Tensor, logits: Tensor) -> tuple[Tensor, ...]:
+        x, logits = x.detach().requires_grad_(), logits.detach().requires_grad_()
+        with torch.enable_grad():
+            loss = objective(x, logits.softmax(dim=-1))
+            return loss.detach(), *torch.autograd.grad(loss, (x, logits))
+
+    return function
+
+
+def of_each(objective: Objective, free: bool) -> Function:
+    """As `value_and_gradient`, or `value_and_gradients` where labels are `free`, of several candidates at once.
+
+    Every argument and every result has one more dimension in front, over the candidates, which share nothing but
+    the model: (R, N, C, H, W) and (R, N) -> (R,) and (R, N, C, H, W).
+    """
+
+    def one(x: Tensor, second: Tensor) -> tuple[Tensor, ...]:
+        def value(x: Tensor, second: Tensor) -> Tensor:
+            return objective(x, second.softmax(dim=-1) if free else second)
+
+        gradients, loss = grad_and_value(value, argnums=(0, 1) if free else (0,))(x, second)
+        return loss, *gradients
+
+    return vmap(one)
 
 
 @dataclass(frozen=True)
@@ -143,11 +214,7 @@ def lbfgs(
         tolerance_change=0.0,
     )
 
-    def closure() -> Tensor:
-        loss = objective(candidate.x, candidate.y)
-        candidate.differentiate(loss)
-        return loss.detach()
-
+    closure = evaluation(candidate, objective, monitor, iterations * inner)
     monitor.start(iterations, patience=patience, target=target)
     for _ in range(iterations):
         x, y = candidate.x.detach().clone(), candidate.y.detach()
@@ -219,12 +286,12 @@ def adam(
     else:
         milestones = [math.ceil(iterations * share) for share in (3 / 8, 5 / 8, 7 / 8)]
         scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
+    evaluate = evaluation(candidate, objective, monitor, iterations)
     monitor.start(iterations, patience=patience, target=target)
     for step in range(iterations + 1):
-        loss = objective(candidate.x, candidate.y)
-        if monitor.step(float(loss.detach()), candidate.x, candidate.y) or step == iterations:
+        loss = evaluate()
+        if monitor.step(float(loss), candidate.x, candidate.y) or step == iterations:
             return
-        candidate.differentiate(loss)
         if signed:
             assert candidate.x.grad is not None
             candidate.x.grad = candidate.x.grad.sign()
