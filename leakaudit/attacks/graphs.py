@@ -13,9 +13,11 @@ kernel, while those of a product are products.
 from __future__ import annotations
 
 import hashlib
+import logging
 import operator
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -186,7 +188,7 @@ def compile_graph(recorded: Recorded, arguments: Sequence[Tensor]) -> Compiled:
         options["cpp_wrapper"] = True  # no Python between its kernels: 10 to 20 % of a LeNet's step
     inputs = [*(argument.detach() for argument in arguments), *recorded.constants]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _without_warnings_of_cuda():
             function = inductor.compile(recorded.graph, list(inputs), options=options)
             function(*inputs)
     except Exception as error:
@@ -197,6 +199,18 @@ def compile_graph(recorded: Recorded, arguments: Sequence[Tensor]) -> Compiled:
             return tuple(function(*inputs))
 
     return Compiled(run, time.monotonic() - began)
+
+
+@contextmanager
+def _without_warnings_of_cuda() -> Iterator[None]:
+    """TorchInductor warns on every machine that has CUDA's compilers but no device."""
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def bind(compiled: Compiled, constants: Values, arguments: Sequence[Tensor]) -> Function:
