@@ -22,7 +22,8 @@ from torch import Tensor
 
 from leakaudit.attacks.base import Monitor
 from leakaudit.attacks.rows import Rows, language, read_rows
-from leakaudit.attacks.spans import Span, attention_span, scan
+from leakaudit.attacks.scans import scan
+from leakaudit.attacks.spans import Span, attention_span
 from leakaudit.attacks.token_labels import complete_labels
 from leakaudit.models.language import IGNORED, LanguageVictim, text_as_labels
 from leakaudit.models.spaces import NO_TOKEN, stack_sentences

@@ -16,7 +16,8 @@ from leakaudit.attacks import near_misses
 from leakaudit.attacks.assembly import accepted, assemble, by_evidence, grow
 from leakaudit.attacks.base import Attack, Monitor, Reconstruction, Stop, require_at_least
 from leakaudit.attacks.rows import IMAGES, Rows, explains, language, place, read_rows, text_victim, widened
-from leakaudit.attacks.spans import Span, attention_span, scan
+from leakaudit.attacks.scans import scan
+from leakaudit.attacks.spans import Span, attention_span
 from leakaudit.attacks.token_labels import complete_labels, refine
 from leakaudit.models.language import LanguageVictim
 from leakaudit.models.spaces import NO_TOKEN, stack_sentences

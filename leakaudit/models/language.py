@@ -225,6 +225,11 @@ class LanguageVictim(Victim):
         with torch.no_grad():
             return self.inputs_of_attention(x, [layer])[0]
 
+    def inputs_of(self, module: nn.Module, x: Tensor) -> Tensor:
+        """What enters a module of the model, without gradient; nothing runs after it."""
+        with torch.no_grad():
+            return self._inputs_of([module], x)[0]
+
     def inputs_of_attention(self, x: Tensor, layers: Sequence[int]) -> list[Tensor]:
         """The same for several blocks, ascending, differentiable in embeddings x."""
         return self._inputs_of([self.projections(layer)[0][1] for layer in layers], x)
