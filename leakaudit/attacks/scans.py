@@ -55,7 +55,7 @@ def every_pair(victim: LanguageVictim, span: Span, tokens: Tensor, count: int) -
     """The same, (count, n), for any model: sentences of one token over and over."""
     grid = max(1, CHUNK // (count * victim.hidden))
     parts = []
-    for chunk in tokens.split(grid):
+    for chunk in torch.split(tokens, grid):
         inputs = victim.attention_inputs(chunk[:, None].expand(-1, count).contiguous(), 0)
         parts.append(span.distance(inputs).T)
     return torch.cat(parts, dim=1)
@@ -87,7 +87,7 @@ class _Additive:
     def distance(self, victim: LanguageVictim, span: Span, tokens: Tensor) -> Tensor:
         """(L, n) distances of all pairs, in the victim's precision."""
         grid = max(1, CHUNK // self.places.shape[1])
-        parts = [self._distance(victim, span, chunk) for chunk in tokens.split(grid)]
+        parts = [self._distance(victim, span, chunk) for chunk in torch.split(tokens, grid)]
         return torch.cat(parts).T.contiguous()
 
     def _distance(self, victim: LanguageVictim, span: Span, tokens: Tensor) -> Tensor:

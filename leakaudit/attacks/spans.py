@@ -117,7 +117,8 @@ def _row_space(matrix: Tensor, noise: float) -> tuple[Tensor, float]:
     of unknown size makes it, the threshold follows the median (Gavish and Donoho 2014, equation 11).
     """
     edge = edge_of(matrix, noise)
-    _, sizes, rows = torch.linalg.svd(matrix, full_matrices=False)
+    short = torch.linalg.qr(matrix, mode="r").R if matrix.shape[0] > matrix.shape[1] else matrix
+    _, sizes, rows = torch.linalg.svd(short, full_matrices=False)
     if len(sizes) >= MANY and float(sizes[-1]) > max(edge, FLAT * float(sizes.median())):
         ratio = min(matrix.shape) / max(matrix.shape)
         shrunk = 8 * ratio / (ratio + 1 + math.sqrt(ratio**2 + 14 * ratio + 1))

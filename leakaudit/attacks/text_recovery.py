@@ -170,11 +170,11 @@ class SpanCheck:
         victim, rows = language(view), read_rows(view)
         noise = 0.0 if rows is None else rows.noise
         first = attention_span(victim, view.observed, 0, noise)
-        second = attention_span(victim, view.observed, 1, noise) if victim.depth > 1 else None
         assert first is not None
         details: dict[str, object] = {"rank": first.rank, "width": first.width}
         monitor.start(STEPS)
         if victim.architecture is not None and victim.architecture.causal:
+            second = attention_span(victim, view.observed, 1, noise) if victim.depth > 1 else None
             x = self._decode(view, victim, rows, first, second, monitor)
         elif rows is not None and rows.length and rows.certain:
             x, found = assemble(view, rows, generator, monitor)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from text_rounds import labels_of, masked, noisy, pruned, random_tokens, tiny_victim, tokens_of, view_of
 from torch import Tensor
 
-from leakaudit.attacks.rows import noise_level, place, position_rows, read_rows
+from leakaudit.attacks.rows import noise_level, place, position_rows, read_rows, row_lengths
 from leakaudit.attacks.tiger import Tiger
 from leakaudit.bundled import TinyModel
 from leakaudit.models.language import IGNORED, LanguageVictim, Task
@@ -318,3 +318,12 @@ def test_padding_that_was_not_masked_is_a_token(task: Task) -> None:
     assert padding in rows.tokens.tolist()
     if task == "classification":
         assert torch.equal(place(rows)[None], filled)
+
+
+def test_row_lengths_are_those_of_float64() -> None:
+    """Several blocks, the last one shorter, and numbers whose squares float32 does not hold."""
+    rows = torch.randn(3000, 96, generator=torch.Generator().manual_seed(0)) * 1e-25
+    rows[7] = 0
+    found = row_lengths(rows)
+    torch.testing.assert_close(found, rows.double().norm(dim=1), rtol=1e-14, atol=0)
+    assert found[7] == 0
