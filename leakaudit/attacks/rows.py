@@ -137,11 +137,17 @@ def _padding_row(used: Tensor, victim: LanguageVictim, view: View) -> tuple[int,
     if padding is None or victim.position is None or victim.position not in view.observed:
         return None
     position = view.observed[victim.position].double()
-    if _thinned(used) or _thinned(position[position.any(dim=1)]) or len(torch.unique(used)) <= LEVELS:
+    if _thinned(used) or _thinned(position[position.any(dim=1)]) or quantised(used):
         return None
     lacking = position.sum(dim=0) - used.double().sum(dim=0)
     error = 10 * max(view.rounding, 1e-6) * float(position.norm(dim=1).sum())
     return (padding, lacking) if float(lacking.norm()) > error else None
+
+
+def quantised(rows: Tensor) -> bool:
+    """Whether the rows hold `LEVELS` different numbers at most; some of them tell where they hold more."""
+    some = rows.reshape(-1)[: 16 * LEVELS]
+    return len(torch.unique(some)) <= LEVELS and len(torch.unique(rows)) <= LEVELS  # type: ignore[no-untyped-call]
 
 
 def noise_level(view: View) -> float:
