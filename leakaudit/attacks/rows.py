@@ -147,7 +147,7 @@ def _padding_row(used: Tensor, victim: LanguageVictim, view: View) -> tuple[int,
 def quantised(rows: Tensor) -> bool:
     """Whether the rows hold `LEVELS` different numbers at most; some of them tell where they hold more."""
     some = rows.reshape(-1)[: 16 * LEVELS]
-    return len(torch.unique(some)) <= LEVELS and len(torch.unique(rows)) <= LEVELS  # type: ignore[no-untyped-call]
+    return len(torch.unique(some)) <= LEVELS and len(torch.unique(rows)) <= LEVELS
 
 
 def noise_level(view: View) -> float:
