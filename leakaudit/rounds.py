@@ -177,7 +177,8 @@ def local_steps(
         examples = x[rows[0] : rows[-1] + 1]
         step_gradient = gradient(victim, current, examples, y[rows[0] : rows[-1] + 1])
         yield current, examples, step_gradient
-        current = {name: current[name] - round.learning_rate * g for name, g in step_gradient.items()}
+        if step + 1 < round.local_steps:
+            current = {name: current[name] - round.learning_rate * g for name, g in step_gradient.items()}
 
 
 def client_update(victim: Victim, params: Params, round: Round, x: Tensor, y: Tensor) -> Update:

@@ -156,12 +156,10 @@ class View:
         dtype = self.victim.dtype
         x, y = (tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in (x, y))
         simulated = self.simulate(x, y).detach()
-        simulated, observed = simulated.to(torch.float64), self.observed.to(torch.float64)
-        length = observed.norm()
         if self.scale_free:
-            fit = float(simulated.dot(observed) / simulated.dot(simulated))
-            return 1.0 if not fit > 0 else float((simulated * fit - observed).norm() / length)
-        return float((simulated - observed).norm() / length)
+            fit = simulated.fit(self.observed)
+            return simulated.distance(self.observed, fit) if fit > 0 else 1.0
+        return simulated.distance(self.observed)
 
     def only(self, names: Collection[str]) -> View:
         """The view of these tensors of the update, in order; the others are left out of matching."""

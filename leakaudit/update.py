@@ -15,6 +15,9 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+BLOCK = 1 << 18
+"""Numbers that are looked at together where precision is raised, so that they stay in a processor's cache."""
+
 
 class Update(Mapping[str, Tensor]):
     """An ordered name -> tensor map with vector arithmetic.
@@ -79,6 +82,27 @@ class Update(Mapping[str, Tensor]):
     def norm(self) -> Tensor:
         """Euclidean norm over all numbers, a scalar tensor."""
         return torch.stack([tensor.square().sum() for tensor in self.values()]).sum().sqrt()
+
+    def blocks(self, other: Update) -> Iterator[tuple[Tensor, Tensor]]:
+        """All numbers of both, flat and in float64, a block at a time: neither is copied as a whole."""
+        for name, tensor in self.items():
+            parts = (torch.split(each.reshape(-1), BLOCK) for each in (tensor, other[name]))
+            for ours, theirs in zip(*parts, strict=True):
+                yield ours.double(), theirs.double()
+
+    def distance(self, other: Update, factor: float = 1.0) -> float:
+        """|factor * self - other| / |other|, in float64."""
+        pairs = ((factor * ours - theirs, theirs) for ours, theirs in self.blocks(other))
+        sums = torch.stack([torch.stack([away.dot(away), theirs.dot(theirs)]) for away, theirs in pairs])
+        away, whole = sums.sum(dim=0)
+        return float((away / whole).sqrt())
+
+    def fit(self, other: Update) -> float:
+        """The factor that brings this nearest to another update, in float64; NaN for one of zeros."""
+        pairs = self.blocks(other)
+        sums = torch.stack([torch.stack([ours.dot(theirs), ours.dot(ours)]) for ours, theirs in pairs])
+        along, whole = sums.sum(dim=0)
+        return float(along / whole)
 
     def rms(self) -> float:
         """The root of the mean square of all numbers, in float64."""

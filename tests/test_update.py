@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
+from leakaudit import update as update_module
 from leakaudit.update import Update
 
 
@@ -54,3 +57,23 @@ def test_select_orders_and_to_converts() -> None:
 def test_finite(bad: float) -> None:
     assert example().is_finite()
     assert not Update({"w": torch.tensor([1.0, bad])}).is_finite()
+
+
+def test_distance_and_fit_are_those_of_the_whole_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block at a time, the last one shorter; of any shape, layout and precision."""
+    monkeypatch.setattr(update_module, "BLOCK", 4)
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"w": (3, 5), "b": (1,), "none": (0,), "scalar": ()}
+    ours, theirs = (
+        Update({name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}).map(
+            lambda tensor: tensor.T if tensor.dim() == 2 else tensor
+        )
+        for _ in range(2)
+    )
+    a, b = ours.flat().double(), theirs.flat().double()
+    assert ours.distance(theirs) == pytest.approx(float((a - b).norm() / b.norm()), rel=1e-14)
+    assert ours.distance(theirs, 0.3) == pytest.approx(float((0.3 * a - b).norm() / b.norm()), rel=1e-14)
+    assert ours.fit(theirs) == pytest.approx(float(a @ b / (a @ a)), rel=1e-14)
+    assert ours.distance(ours) == 0.0
+    assert math.isnan((ours * 0.0).fit(theirs))
+    assert math.isinf(ours.distance(theirs * 0.0))

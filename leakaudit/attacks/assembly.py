@@ -14,7 +14,7 @@ from random tokens of each position.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,8 @@ from torch import Tensor
 
 from leakaudit.attacks.base import Monitor
 from leakaudit.attacks.rows import Rows, language, read_rows
-from leakaudit.attacks.spans import Span, attention_span, scan
+from leakaudit.attacks.scans import scan
+from leakaudit.attacks.spans import Span, attention_span
 from leakaudit.attacks.token_labels import complete_labels
 from leakaudit.models.language import IGNORED, LanguageVictim, text_as_labels
 from leakaudit.models.spaces import NO_TOKEN, stack_sentences
@@ -309,10 +310,18 @@ class _Climb:
     victim: LanguageVictim
     known: Candidates
     span: Span
+    measured: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+    """Distances (L,) of the sentences looked at so far: a descent often ends where an earlier one did."""
 
     def distances(self, chosen: Tensor) -> Tensor:
         """(n, L) for (n, L) indices of candidates."""
-        return self.span.distance(self.victim.attention_inputs(self.known.tokens[chosen], 1))
+        sentences = [tuple(sentence) for sentence in chosen.tolist()]
+        new = [sentence for sentence in dict.fromkeys(sentences) if sentence not in self.measured]
+        if new:
+            tokens = self.known.tokens[torch.tensor(new, device=chosen.device)]
+            found = self.span.distance(self.victim.attention_inputs(tokens, 1))
+            self.measured.update(zip(new, found, strict=True))
+        return torch.stack([self.measured[sentence] for sentence in sentences])
 
     def __call__(self, chosen: Tensor, most: int) -> tuple[Tensor, Tensor]:
         """The sentence at the foot of the slope and its distances, with `most` candidates a place."""
@@ -380,14 +389,26 @@ def _peel(view: View, sentence: list[int], rows: Rows, labelled: int, count: int
         part = float((labels[0] != IGNORED).sum()) / max(labelled, 1)
     shares = [single.simulate(x, y).detach() for y in labels]
     weights = [_weight(share, victim, rows, part) for share in shares]
-    rests = [view.observed - share * weight for share, weight in zip(shares, weights, strict=True)]
+    layer = tuple(f"{name}." for name, _ in victim.projections(1))
+    names = [name for name in view.observed if name.startswith(layer)]
 
-    def left(i: int) -> tuple[int, float]:
-        span = attention_span(victim, rests[i], 1, rows.noise) if len(rests) > 1 else None
-        return 0 if span is None else span.rank, float(rests[i].norm())
+    def rank(i: int) -> int:
+        rest = _less(view.observed.select(names), shares[i].select(names), weights[i])
+        span = attention_span(victim, rest, 1, rows.noise)
+        return 0 if span is None else span.rank
 
-    best = min(range(len(rests)), key=left)
-    return _Peeled(replace(view, observed=rests[best]), max(1, round(weights[best] / part)))
+    ranks = [rank(i) for i in range(len(shares))] if len(shares) > 1 else [0]
+    lowest = [i for i, found in enumerate(ranks) if found == min(ranks)]
+    best = (
+        min(lowest, key=lambda i: shares[i].distance(view.observed, weights[i])) if lowest[1:] else lowest[0]
+    )
+    rest = _less(view.observed, shares[best], weights[best])
+    return _Peeled(replace(view, observed=rest), max(1, round(weights[best] / part)))
+
+
+def _less(update: Update, share: Update, weight: float) -> Update:
+    """An update without so much of another."""
+    return update.combine(share, lambda whole, part: torch.sub(whole, part, alpha=weight))
 
 
 def _weight(share: Update, victim: LanguageVictim, rows: Rows, part: float) -> float:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from leakaudit.models.language import LanguageVictim
 from leakaudit.threat import View
+from leakaudit.update import BLOCK
 
 IMAGES = "it reconstructs text, this model takes images"
 """Why attacks on text do not run on other models."""
@@ -95,43 +96,58 @@ def read_rows(view: View) -> Rows | None:
     victim = text_victim(view)
     if victim is None or victim.word not in view.observed:
         return None
-    word = view.observed[victim.word].double()
-    if not bool(word.any()):
+    word = view.observed[victim.word]
+    lengths = row_lengths(word)
+    if not bool(lengths.any()):
         return None
     noise = noise_level(view)
     position = position_rows(view, noise)
-    word = word if noise else _with_padding(word, victim, view)
+    padding = None if noise else _padding_row(word[lengths > 0], victim, view)
+    if padding is not None:
+        token, lacking = padding
+        word = word.double().index_add(0, torch.tensor([token], device=word.device), lacking[None])
+        lengths[token] = word[token].norm()
     if victim.tied:
-        return _tied_rows(word, position, noise, view)
-    lengths = word.square().sum(dim=1)
-    found = lengths > _row_threshold(len(word), word.shape[1], noise)
+        return _tied_rows(word.double(), position, noise, view)
+    found = lengths.square() > _row_threshold(len(word), word.shape[1], noise)
     tokens = found.nonzero().flatten()
     reason = "" if 0 < len(tokens) < len(word) // 2 else "most rows of the word embedding are filled"
     if noise:
         reason = f"noise of about {noise:.1g} per number covers tokens with a small gradient"
     elif _thinned(word[tokens]):
         reason = "the rows were pruned, and some tokens with them"
-    return Rows(tokens, not reason, word[tokens], position, word[:0], noise, reason)
+    used = word[tokens].double()
+    return Rows(tokens, not reason, used, position, used[:0], noise, reason)
 
 
-def _with_padding(word: Tensor, victim: LanguageVictim, view: View) -> Tensor:
-    """The word rows with that of the padding token, whose lookup hands no gradient on (`padding_idx`).
+def row_lengths(rows: Tensor) -> Tensor:
+    """(R,) float64 lengths of rows (R, H), a block at a time: a whole vocabulary in float64 takes 20 times as long."""
+    parts = torch.split(rows, max(1, BLOCK // rows.shape[1]))
+    return torch.cat([torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in parts])
+
+
+def _padding_row(used: Tensor, victim: LanguageVictim, view: View) -> tuple[int, Tensor] | None:
+    """What the word rows lack, (H,) float64, and the padding token it belongs to, whose lookup hands no gradient on
+    (`padding_idx`); `used` (n, H) are those that are not zero.
 
     Both embeddings' rows sum to the e_p of all places (those of the score side of tied weights to zero), so
     what the word rows lack belongs to padding that the client did not mask.  Nothing is lacking where it did.
     """
     padding = getattr(victim.module.get_input_embeddings(), "padding_idx", None)
     if padding is None or victim.position is None or victim.position not in view.observed:
-        return word
+        return None
     position = view.observed[victim.position].double()
-    used = word[word.any(dim=1)]
-    if _thinned(used) or _thinned(position[position.any(dim=1)]) or len(torch.unique(used)) <= LEVELS:
-        return word
-    lacking = position.sum(dim=0) - word.sum(dim=0)
+    if _thinned(used) or _thinned(position[position.any(dim=1)]) or quantised(used):
+        return None
+    lacking = position.sum(dim=0) - used.double().sum(dim=0)
     error = 10 * max(view.rounding, 1e-6) * float(position.norm(dim=1).sum())
-    if float(lacking.norm()) <= error:
-        return word
-    return word.index_add(0, torch.tensor([padding], device=word.device), lacking[None])
+    return (padding, lacking) if float(lacking.norm()) > error else None
+
+
+def quantised(rows: Tensor) -> bool:
+    """Whether the rows hold `LEVELS` different numbers at most; some of them tell where they hold more."""
+    some = rows.reshape(-1)[: 16 * LEVELS]
+    return len(torch.unique(some)) <= LEVELS and len(torch.unique(rows)) <= LEVELS
 
 
 def noise_level(view: View) -> float:
@@ -148,7 +164,7 @@ def noisy_rows(view: View) -> tuple[str, float] | None:
     victim = language(view)
     for name in (None if victim.tied else victim.word, victim.position):
         if name is not None and name in view.observed:
-            std = _common_size(view.observed[name].double())
+            std = _common_size(view.observed[name])
             if std is not None:
                 return name, std
     return None
@@ -160,9 +176,9 @@ def _common_size(rows: Tensor) -> float | None:
     Rows of nothing but Gaussian noise are equally large, up to a relative spread of 1 / sqrt(2 H) each, and
     at right angles, up to cosines of 1 / sqrt(H).
     """
-    sizes = rows.square().mean(1).sqrt()
+    sizes = row_lengths(rows) / math.sqrt(rows.shape[1])
     order = sizes.argsort()[: max(4, len(sizes) // 10)]
-    smallest = rows[order[:COMPARED]]
+    smallest = rows[order[:COMPARED]].double()
     least = float(sizes[order[0]])
     limit = least * math.exp(2 * math.sqrt(math.log(len(sizes)) / rows.shape[1]))
     if not least > 0 or float(sizes[order[-1]]) > limit or len(sizes) < 2 * len(order):

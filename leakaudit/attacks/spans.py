@@ -32,8 +32,6 @@ FLAT = 0.2
 """Smallest singular value over the median one, above which the lower half is noise."""
 MANY = 32
 """Singular values from which on this is no accident, as it is for the few dimensions of an adapter."""
-CHUNK = 1 << 25
-"""Numbers of the largest intermediate result of a scan."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +117,8 @@ def _row_space(matrix: Tensor, noise: float) -> tuple[Tensor, float]:
     of unknown size makes it, the threshold follows the median (Gavish and Donoho 2014, equation 11).
     """
     edge = edge_of(matrix, noise)
-    _, sizes, rows = torch.linalg.svd(matrix, full_matrices=False)
+    short = torch.linalg.qr(matrix, mode="r").R if matrix.shape[0] > matrix.shape[1] else matrix
+    _, sizes, rows = torch.linalg.svd(short, full_matrices=False)
     if len(sizes) >= MANY and float(sizes[-1]) > max(edge, FLAT * float(sizes.median())):
         ratio = min(matrix.shape) / max(matrix.shape)
         shrunk = 8 * ratio / (ratio + 1 + math.sqrt(ratio**2 + 14 * ratio + 1))
@@ -157,18 +156,3 @@ def _marchenko_pastur(ratio: float, share: float) -> float:
     grid = torch.linspace(low, high, 4002, dtype=torch.float64)[1:-1]
     below = (((high - grid) * (grid - low)).sqrt() / grid).cumsum(0)
     return float(grid[int(torch.searchsorted(below, share * below[-1]))])
-
-
-def scan(victim: LanguageVictim, span: Span, tokens: Tensor, positions: int) -> Tensor:
-    """Distance of every (position, token) pair from the first layer's span, (positions, n).
-
-    Without absolute positions one row serves all.
-    """
-    count = positions if victim.position is not None else 1
-    grid = max(1, CHUNK // (count * victim.hidden))
-    parts = []
-    for start in range(0, len(tokens), grid):
-        chunk = tokens[start : start + grid]
-        inputs = victim.attention_inputs(chunk[:, None].expand(-1, count).contiguous(), 0)
-        parts.append(span.distance(inputs).T)
-    return torch.cat(parts, dim=1).expand(positions, -1)

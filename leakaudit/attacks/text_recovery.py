@@ -16,7 +16,8 @@ from leakaudit.attacks import near_misses
 from leakaudit.attacks.assembly import accepted, assemble, by_evidence, grow
 from leakaudit.attacks.base import Attack, Monitor, Reconstruction, Stop, require_at_least
 from leakaudit.attacks.rows import IMAGES, Rows, explains, language, place, read_rows, text_victim, widened
-from leakaudit.attacks.spans import Span, attention_span, scan
+from leakaudit.attacks.scans import scan
+from leakaudit.attacks.spans import Span, attention_span
 from leakaudit.attacks.token_labels import complete_labels, refine
 from leakaudit.models.language import LanguageVictim
 from leakaudit.models.spaces import NO_TOKEN, stack_sentences
@@ -169,11 +170,11 @@ class SpanCheck:
         victim, rows = language(view), read_rows(view)
         noise = 0.0 if rows is None else rows.noise
         first = attention_span(victim, view.observed, 0, noise)
-        second = attention_span(victim, view.observed, 1, noise) if victim.depth > 1 else None
         assert first is not None
         details: dict[str, object] = {"rank": first.rank, "width": first.width}
         monitor.start(STEPS)
         if victim.architecture is not None and victim.architecture.causal:
+            second = attention_span(victim, view.observed, 1, noise) if victim.depth > 1 else None
             x = self._decode(view, victim, rows, first, second, monitor)
         elif rows is not None and rows.length and rows.certain:
             x, found = assemble(view, rows, generator, monitor)

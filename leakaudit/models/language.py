@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -119,6 +120,11 @@ class LanguageVictim(Victim):
 
     def classifier(self) -> Classifier | None:
         """As for images; or the layer that scores every token, of which decoders take the last one's."""
+        return self._classifier
+
+    @cached_property
+    def _classifier(self) -> Classifier | None:
+        """The same, found once: it takes a forward pass."""
         name, module, _, output = self.modules_in_order()[-1]
         scores_tokens = self.task == "classification" and output.shape[2:] == (self.num_classes,)
         if not scores_tokens or not isinstance(module, nn.Linear):
@@ -224,6 +230,11 @@ class LanguageVictim(Victim):
         """What enters the attention of block `layer`, (N, L, H), without gradient; later blocks do not run."""
         with torch.no_grad():
             return self.inputs_of_attention(x, [layer])[0]
+
+    def inputs_of(self, module: nn.Module, x: Tensor) -> Tensor:
+        """What enters a module of the model, without gradient; nothing runs after it."""
+        with torch.no_grad():
+            return self._inputs_of([module], x)[0]
 
     def inputs_of_attention(self, x: Tensor, layers: Sequence[int]) -> list[Tensor]:
         """The same for several blocks, ascending, differentiable in embeddings x."""

@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from text_rounds import labels_of, masked, noisy, pruned, random_tokens, tiny_victim, tokens_of, view_of
 from torch import Tensor
 
-from leakaudit.attacks.rows import noise_level, place, position_rows, read_rows
+from leakaudit.attacks.rows import (
+    LEVELS,
+    noise_level,
+    place,
+    position_rows,
+    quantised,
+    read_rows,
+    row_lengths,
+)
 from leakaudit.attacks.tiger import Tiger
 from leakaudit.bundled import TinyModel
 from leakaudit.models.language import IGNORED, LanguageVictim, Task
@@ -318,3 +326,20 @@ def test_padding_that_was_not_masked_is_a_token(task: Task) -> None:
     assert padding in rows.tokens.tolist()
     if task == "classification":
         assert torch.equal(place(rows)[None], filled)
+
+
+@pytest.mark.parametrize(("levels", "expected"), [(1, True), (LEVELS, True), (LEVELS + 1, False)])
+def test_quantised_rows_hold_few_numbers(levels: int, expected: bool) -> None:
+    """In any order: what the first rows show is not all there is."""
+    numbers = torch.arange(100_000).clamp(max=levels - 1).float()
+    assert quantised(numbers.view(-1, 10)) == expected
+    assert quantised(numbers.flip(0).view(-1, 10)) == expected
+
+
+def test_row_lengths_are_those_of_float64() -> None:
+    """Several blocks, the last one shorter, and numbers whose squares float32 does not hold."""
+    rows = torch.randn(3000, 96, generator=torch.Generator().manual_seed(0)) * 1e-25
+    rows[7] = 0
+    found = row_lengths(rows)
+    torch.testing.assert_close(found, rows.double().norm(dim=1), rtol=1e-14, atol=0)
+    assert found[7] == 0

@@ -11,7 +11,8 @@ from small_transformers import labels_for, random_sentences, small_model, small_
 from text_rounds import labels_of, noisy, random_tokens, tiny_victim, tokens_of, victim_in, view_of
 from torch import Tensor
 
-from leakaudit.attacks.spans import Span, attention_span, scan
+from leakaudit.attacks.scans import scan
+from leakaudit.attacks.spans import Span, attention_span
 from leakaudit.attacks.text_recovery import SpanCheck
 from leakaudit.bundled import TinyModel
 from leakaudit.models.language import LanguageVictim, Task
