@@ -29,8 +29,9 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from leakaudit.attacks.base import Attack, Monitor
 from leakaudit.attacks.registry import ATTACKS
 from leakaudit.defenses import DEFENSES, apply
-from leakaudit.models.language import LanguageVictim, load_language_victim
+from leakaudit.models.language import LanguageVictim
 from leakaudit.models.lora import Lora
+from leakaudit.models.pretrained import load_language_victim
 from leakaudit.randomness import fork
 from leakaudit.rounds import Round, client_update
 from leakaudit.spec import parse

@@ -6,40 +6,23 @@ device; reconstructions are clamped to that box first.
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import io
 import math
-import socket
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-import lpips
 import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
-from scipy.stats import binom
+from scipy.special import bdtrc
 from torch import Tensor
-from torchmetrics.functional.image import structural_similarity_index_measure
 
-from leakaudit.errors import InputError
-from leakaudit.formats.phrases import first_line
+from leakaudit.errors import InputError, Unmeasurable
 from leakaudit.results import Score
 
 CHANCE_DRAWS = 8
 """Batches of unrelated images scored to find a metric's chance level."""
-
-LpipsNet = Literal["squeeze", "alex"]
-
-_LPIPS_SIZE = 32
-_DOWNLOAD_SECONDS = 10.0
-
-
-class Unmeasurable(Exception):
-    """A metric cannot be computed here; the message is the reason."""
+_SSIM_C1, _SSIM_C2 = 0.01**2, 0.03**2
 
 
 @dataclass(frozen=True)
@@ -88,33 +71,44 @@ def psnr(reconstruction: Tensor, truth: Tensor) -> Tensor:
 def ssim(reconstruction: Tensor, truth: Tensor) -> Tensor:
     """Structural similarity (Wang et al. 2004), (N,) float64, in [-1, 1].
 
-    Gaussian window of 11 pixels with sigma 1.5, mean over the pixels whose window lies
-    inside the image, as published (torchmetrics 1.9 by itself averages the reflected border
-    too).  Images below 11x11 get the largest odd window that fits, 2 r + 1 pixels with
-    sigma 0.3 r; below 3x3 there is none.
+    Gaussian window of 11 pixels with sigma 1.5, K1 = 0.01, K2 = 0.03, population variances, mean over the
+    pixels whose window lies inside the image, as published.  (Not torchmetrics' function: it averages the
+    reflected border too, and its package imports transformers.)  Images below 11x11 get the largest odd window
+    that fits, 2 r + 1 pixels with sigma 0.3 r; below 3x3 there is none.
     """
     radius = min(5, (min(truth.shape[-2:]) - 1) // 2)
     if radius < 1:
         raise Unmeasurable(f"SSIM needs images of at least 3x3 pixels, got {_size(truth)}")
-    _, similarity = structural_similarity_index_measure(
-        reconstruction.double(),
-        truth.double(),
-        sigma=0.3 * radius,
-        data_range=1.0,
-        reduction="none",
-        return_full_image=True,
-    )
-    return similarity[..., radius:-radius, radius:-radius].flatten(1).mean(1)
+    window = _gaussian(radius, 0.3 * radius).expand(truth.shape[1], 1, -1, -1)
+    x, y = reconstruction.double(), truth.double()
+    moments = F.conv2d(torch.cat([x, y, x * x, y * y, x * y]), window.to(x.device), groups=x.shape[1])
+    mean_x, mean_y, xx, yy, xy = moments.chunk(5)
+    variances = (xx - mean_x.square()).clamp(min=0) + (yy - mean_y.square()).clamp(min=0)
+    covariance = xy - mean_x * mean_y
+    structure = (2 * covariance + _SSIM_C2) / (variances + _SSIM_C2)
+    luminance = (2 * mean_x * mean_y + _SSIM_C1) / (mean_x.square() + mean_y.square() + _SSIM_C1)
+    return (structure * luminance).flatten(1).mean(1)
+
+
+def _gaussian(radius: int, sigma: float) -> Tensor:
+    """Weights that sum to 1, (2 r + 1, 2 r + 1) float64."""
+    line = (-(torch.arange(-radius, radius + 1, dtype=torch.float64) / sigma).square() / 2).exp()
+    line = line / line.sum()
+    return torch.outer(line, line)
 
 
 def lpips_squeeze(reconstruction: Tensor, truth: Tensor) -> Tensor:
     """LPIPS v0.1 with SqueezeNet 1.1 (Zhang et al. 2018), (N,) float32, >= 0."""
-    return _lpips(reconstruction, truth, "squeeze")
+    from leakaudit.perceptual import lpips_distance  # torchvision, which takes seconds to import
+
+    return lpips_distance(reconstruction, truth, "squeeze")
 
 
 def lpips_alex(reconstruction: Tensor, truth: Tensor) -> Tensor:
     """LPIPS v0.1 with AlexNet (Zhang et al. 2018), (N,) float32, >= 0."""
-    return _lpips(reconstruction, truth, "alex")
+    from leakaudit.perceptual import lpips_distance
+
+    return lpips_distance(reconstruction, truth, "alex")
 
 
 METRICS: dict[str, Metric] = {
@@ -232,8 +226,9 @@ def label_score(recovered: Tensor, true: Tensor, num_classes: int) -> Score:
     found, wanted = (
         torch.bincount(labels.cpu().long(), minlength=num_classes) for labels in (recovered, true)
     )
+    drawn = len(recovered)
     expected = sum(
-        float(binom.sf(np.arange(int(count)), len(recovered), 1 / num_classes).sum()) for count in wanted
+        float(bdtrc(np.arange(min(int(count), drawn)), drawn, 1 / num_classes).sum()) for count in wanted
     )
     return Score(
         metric="label-accuracy",
@@ -306,57 +301,6 @@ def _rank_score(ranks: Sequence[float | None], candidates: int) -> Score:
         chance=(candidates + 1) / 2 if measured else None,
         reason="" if measured else "no pool of other images to tell the true one from",
     )
-
-
-def _lpips(reconstruction: Tensor, truth: Tensor, net: LpipsNet) -> Tensor:
-    """Grey images are repeated to three channels; a shorter side below 32 pixels is scaled up to 32
-    (bilinear), the least the trunks take.  Nothing else is resized."""
-    if truth.shape[1] not in (1, 3):
-        raise Unmeasurable(f"LPIPS needs 1 or 3 channels, got {truth.shape[1]}")
-    model = _lpips_model(net)
-    if isinstance(model, str):
-        raise Unmeasurable(model)
-    device = truth.device
-    with torch.no_grad():
-        pair = [_lpips_input(images) for images in (reconstruction, truth)]
-        return model(*pair, normalize=True).flatten().to(device)
-
-
-def _lpips_input(images: Tensor) -> Tensor:
-    images = images.cpu().float().expand(-1, 3, -1, -1)
-    shorter = min(images.shape[-2:])
-    if shorter >= _LPIPS_SIZE:
-        return images
-    size = [max(_LPIPS_SIZE, round(side * _LPIPS_SIZE / shorter)) for side in images.shape[-2:]]
-    return F.interpolate(images, size=size, mode="bilinear", align_corners=False)
-
-
-@functools.cache
-def _lpips_model(net: LpipsNet) -> lpips.LPIPS | str:
-    """Built once a process; the reason when the trunk's weights cannot be had."""
-    try:
-        with _quiet_download():
-            return lpips.LPIPS(net=net, verbose=False).requires_grad_(False)
-    except (OSError, RuntimeError, EOFError) as error:
-        return f"the LPIPS weights ({net}) cannot be had: {first_line(error)}; they are sought in TORCH_HOME"
-
-
-@contextlib.contextmanager
-def _quiet_download() -> Iterator[None]:
-    """torchvision may fetch the trunk: without its chatter, and without waiting long for a dead network."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(_DOWNLOAD_SECONDS)
-    try:
-        silence = io.StringIO()
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(silence),
-            contextlib.redirect_stderr(silence),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        socket.setdefaulttimeout(before)
 
 
 def _size(images: Tensor) -> str:
