@@ -266,7 +266,7 @@ def main() -> None:
     parser = measuring.options(__doc__)
     parser.add_argument("--config", type=Path, help=f"of the sweep; {CONFIG.name} unless given")
     parser.add_argument("--data", type=Path, help="in place of the configuration's")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, help="3 unless given, 1 of the quick")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK.name}, once: about two minutes")
     parser.add_argument("--spin", type=float, default=5.0, help="seconds of each measurement of the ceiling")
     parser.add_argument("--kills", type=int, default=0, help="kill a sweep so many times, and resume it")
@@ -276,7 +276,7 @@ def main() -> None:
     tried = cases(options.threads, options.quick)
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
-        found = measure(sweep, tried, 1 if options.quick else options.repeats, options.spin, root)
+        found = measure(sweep, tried, options.repeats or (1 if options.quick else 3), options.spin, root)
         rows = [row(case, found) for case in tried]
         measuring.show(f"Sweep {sweep.config.name}", rows, options.json)
         if options.kills:

@@ -93,6 +93,23 @@ def test_scores_equal_torchmetrics() -> None:
     torch.testing.assert_close(metrics.psnr(found, truth).float(), expected)
 
 
+@pytest.mark.parametrize(("channels", "side"), [(1, 11), (3, 16), (3, 33)])
+def test_ssim_equals_torchmetrics_inside_the_border(channels: int, side: int) -> None:
+    truth, found = images(3, channels, side).double(), images(3, channels, side, seed=1).double()
+    for pair in ((found, truth), (truth, truth), (0.9 * truth, truth)):
+        _, everywhere = tm.structural_similarity_index_measure(
+            *pair, sigma=1.5, data_range=1.0, reduction="none", return_full_image=True
+        )
+        expected = everywhere[..., 5:-5, 5:-5].flatten(1).mean(1)
+        torch.testing.assert_close(metrics.ssim(*pair), expected, rtol=0, atol=1e-12)
+
+
+def test_labels_by_chance_where_fewer_are_recovered_than_there_are() -> None:
+    """Of 3 and 1 examples of two classes, one label drawn of 4: it is right with probability 1/2."""
+    score = label_score(torch.tensor([0]), torch.tensor([0, 0, 0, 1]), 4)
+    assert score.chance == pytest.approx(0.5 / 4)
+
+
 @pytest.mark.parametrize("side", range(3, 12))
 def test_ssim_of_tiny_images_uses_the_window_that_fits(side: int) -> None:
     truth, found = images(2, 1, side).double(), images(2, 1, side, seed=1).double()
