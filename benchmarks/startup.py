@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ def commands(photos: Path, records: Path | None, work: Path) -> dict[str, list[s
                         f" --local-steps 1 --out {work / 'simulation'} --force",
             "infer": f"infer --model lenet --data {records} --trials 2 --candidates 16 --reference 16"
                      f" --batch-size 2 --attack membership-loss --out {work / 'inference'} --force",
-            "defend": f"defend --model lenet:init=uniform --data {records} --defense none {once} --images 1"
+            "defend": f"defend --model lenet:init=uniform --data {records} --defense none {once} --images 1 --no-utility --no-bounds"
                       f" --workers 1 --out {work / 'sweep'} --force",
         }  # fmt: skip
     return {name: shlex.split(line) for name, line in found.items()}
@@ -141,12 +142,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         records = None if options.data is None else options.data.resolve()
-        tried = commands(photo_folder().resolve(), records, work)
-        found = {name: Measured() for name in tried}
-        for _ in range(options.repeats):
-            for name, arguments in tried.items():
-                measure(arguments, found[name], work)
-    measuring.show("Start-up", [row(name, found[name]) for name in tried], options.json)
+        found: dict[str, Measured] = defaultdict(Measured)
+        for repeat in range(options.repeats):
+            folder = work / str(repeat)  # a run folder that is there already would be taken up
+            folder.mkdir()
+            for name, arguments in commands(photo_folder().resolve(), records, folder).items():
+                measure(arguments, found[name], folder)
+    measuring.show("Start-up", [row(name, measured) for name, measured in found.items()], options.json)
 
 
 if __name__ == "__main__":
