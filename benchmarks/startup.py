@@ -96,8 +96,8 @@ def commands(photos: Path, records: Path | None, work: Path) -> dict[str, list[s
                         f" --local-steps 1 --out {work / 'simulation'} --force",
             "infer": f"infer --model lenet --data {records} --trials 2 --candidates 16 --reference 16"
                      f" --batch-size 2 --attack membership-loss --out {work / 'inference'} --force",
-            "defend": f"defend --model lenet:init=uniform --data {records} --defense none {once} --images 1 --no-utility --no-bounds"
-                      f" --workers 1 --out {work / 'sweep'} --force",
+            "defend": f"defend --model lenet:init=uniform --data {records} --defense none {once} --images 1"
+                      f" --no-utility --no-bounds --workers 1 --out {work / 'sweep'} --force",
         }  # fmt: skip
     return {name: shlex.split(line) for name, line in found.items()}
 
