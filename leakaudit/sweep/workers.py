@@ -2,8 +2,9 @@
 
 Importing torch, torchvision, LPIPS and the rest costs a process seconds.  On Linux a server imports them once, beside
 the sweep's own start, and each worker is forked from it with all of that in place, sharing its memory until it writes
-there.  The server does nothing but import: no tensor is computed in it, no thread pool and no CUDA begun, so forking
-it is safe where forking the sweep would not be.  With a GPU, and elsewhere than on Linux, workers are spawned.
+there.  The server does nothing but import: nothing is computed in it, so that torch's thread pools and CUDA have not
+begun, and forking it is safe where forking the sweep would not be.  (OpenBLAS, of numpy and scipy, begins its
+threads when it is imported, and sees to forks itself.)  With a GPU, and elsewhere than on Linux, workers are spawned.
 """
 
 from __future__ import annotations
