@@ -46,8 +46,9 @@ from leakaudit.attacks.registry import ATTACKS
 from leakaudit.attacks.scans import every_pair, scan
 from leakaudit.attacks.spans import Span, attention_span
 from leakaudit.defenses import DEFENSES, apply
-from leakaudit.models.language import LanguageVictim, load_language_victim
+from leakaudit.models.language import LanguageVictim
 from leakaudit.models.lora import Lora
+from leakaudit.models.pretrained import load_language_victim
 from leakaudit.randomness import fork
 from leakaudit.rounds import Round, client_update
 from leakaudit.spec import parse

@@ -329,7 +329,7 @@ def capture_update(
             other model, is fresh from `seed`.
         data, start, num_examples: see `leakaudit.data.load_batch`; num_examples is batch_size by default.
         text: instead of `data` for a language model, with its `task`, `lora` and `max_length`; see
-            `leakaudit.text_data.load_text` and `leakaudit.models.language.load_language_victim`.
+            `leakaudit.text_data.load_text` and `leakaudit.models.pretrained.load_language_victim`.
         out, truth, save_model: files to write, all .safetensors.
         batch_size, local_steps or epochs, learning_rate: the round; several steps need a learning rate.
             Some defenses change it: more examples, more steps, more clients.

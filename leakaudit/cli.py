@@ -462,9 +462,8 @@ def defend(
     force: Force = False,
 ) -> None:
     """Attack every protocol with every defense: what each stops, what it costs, and whether the policy holds."""
-    from leakaudit import api
-    from leakaudit.report.sweep_terminal import print_sweep
     from leakaudit.sweep.config import build_config, read_config
+    from leakaudit.sweep.workers import begin_importing
 
     training = {
         "on": utility, "steps": utility_steps, "batch_size": utility_batch_size, "seeds": utility_seeds,
@@ -482,6 +481,10 @@ def defend(
         "out": out, "baseline": baseline, "html": html, "junit": junit, "sarif": sarif, "summary": summary,
     }  # fmt: skip
     sweep = build_config({} if config is None else read_config(config), over=_given(options))
+    begin_importing(sweep)  # before this process imports torch, so that both import at the same time
+    from leakaudit import api
+    from leakaudit.report.sweep_terminal import print_sweep
+
     with sweep_bar(Console(stderr=True)) as on_progress:
         result = api.defend(
             sweep,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import inspect
 import io
 import os
 import warnings
@@ -15,19 +14,16 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchvision
 from PIL import Image, ImageOps
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as transforms
 
-from leakaudit import spec as specs
 from leakaudit.class_labels import numbered
 from leakaudit.errors import InputError
 from leakaudit.formats.phrases import counted, first_line, listing, quoted
 from leakaudit.formats.reading import read_safetensors
 from leakaudit.formats.writing import save_tensors
+from leakaudit.resampling import centre, grey, pixels_of, resized
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 LABELS_FILE = "labels.csv"
@@ -158,24 +154,19 @@ def fit(image: Tensor, shape: Shape) -> Tensor:
         max(1, min(tall, round(wide * height / width))),
         max(1, min(wide, round(tall * width / height))),
     ]
-    image = transforms.center_crop(image, crop)
-    if tuple(image.shape[-2:]) != (height, width):
-        image = transforms.resize(
-            image, [height, width], interpolation=InterpolationMode.BICUBIC, antialias=True
-        )
-    return image.clamp(0, 1).contiguous()
+    return resized(centre(image, *crop), height, width, "bicubic").clamp(0, 1).contiguous()
 
 
 def _with_channels(image: Tensor, channels: int) -> Tensor:
     if image.shape[0] == channels:
         return image
     if channels == 1:
-        return transforms.rgb_to_grayscale(image, num_output_channels=1)
+        return grey(image)
     return image.expand(channels, -1, -1)
 
 
 @dataclass(frozen=True)
-class _Images:
+class ImageSource:
     """A source opened but not read: everything by position."""
 
     count: int
@@ -185,10 +176,12 @@ class _Images:
     class_names: tuple[str, ...] | None = None
 
 
-def _open(source: str | Path, shape: Shape, classes: int | None) -> _Images:
+def _open(source: str | Path, shape: Shape, classes: int | None) -> ImageSource:
     text = str(source)
     if text.startswith("torchvision:"):
-        return _torchvision(text.removeprefix("torchvision:"), shape, classes)
+        from leakaudit.data_sets import torchvision_set  # seconds, which files do without
+
+        return torchvision_set(text.removeprefix("torchvision:"), shape, classes)
     path = Path(source)
     if os.path.isdir(path):
         return _folder(path)
@@ -204,14 +197,14 @@ def _open(source: str | Path, shape: Shape, classes: int | None) -> _Images:
 # ------------------------------------------------------------------------------ files and folders
 
 
-def _folder(folder: Path) -> _Images:
+def _folder(folder: Path) -> ImageSource:
     try:
         return _listed(folder)
     except OSError as error:
         raise InputError(f"cannot read {folder}: {error.strerror or error}") from error
 
 
-def _listed(folder: Path) -> _Images:
+def _listed(folder: Path) -> ImageSource:
     if (folder / LABELS_FILE).is_file():
         return _labelled_folder(folder)
     flat = _images_in(folder)
@@ -229,8 +222,8 @@ def _images_in(folder: Path) -> list[Path]:
 
 def _files(
     paths: Sequence[Path], root: Path, labels: Sequence[int] | None, class_names: tuple[str, ...] | None
-) -> _Images:
-    return _Images(
+) -> ImageSource:
+    return ImageSource(
         count=len(paths),
         image=lambda row: read_image(paths[row]),
         name=lambda row: paths[row].relative_to(root).as_posix(),
@@ -239,7 +232,7 @@ def _files(
     )
 
 
-def _labelled_folder(folder: Path) -> _Images:
+def _labelled_folder(folder: Path) -> ImageSource:
     """Files and labels as labels.csv lists them; labels that are words are numbered in sorted order."""
     path = folder / LABELS_FILE
     try:
@@ -273,19 +266,19 @@ def read_image(path: str | Path) -> Tensor:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(Path(path).read_bytes())) as image:
-                return _pixels(ImageOps.exif_transpose(image))
+                return pixels_in(ImageOps.exif_transpose(image))
     except InputError:
         raise
     except Exception as error:  # a stranger's bytes: the decoders may fail in any way
         raise InputError(f"{path} is not an image that can be read: {first_line(error)}") from error
 
 
-def _pixels(image: Image.Image) -> Tensor:
+def pixels_in(image: Image.Image) -> Tensor:
     if image.mode.startswith("I"):  # 16 bits a pixel
         deep = torch.from_numpy(np.asarray(image).astype(np.float32))[None]
         return (deep / 65535).clamp(0, 1)
-    grey = image.mode in ("1", "L", "LA", "F")
-    return transforms.pil_to_tensor(image.convert("L" if grey else "RGB")).float() / 255
+    dull = image.mode in ("1", "L", "LA", "F")
+    return pixels_of(image.convert("L" if dull else "RGB")).float() / 255
 
 
 # ---------------------------------------------------------------------------------------- archives
@@ -299,7 +292,7 @@ _NPZ_KEYS = [
 ]
 
 
-def _npz(path: Path) -> _Images:
+def _npz(path: Path) -> ImageSource:
     arrays = _npz_arrays(path)
     pair = next((pair for pair in _NPZ_KEYS if pair[0] in arrays), None)
     if pair is None:
@@ -309,7 +302,7 @@ def _npz(path: Path) -> _Images:
     convert = _npz_converter(images, f"{path}: {pair[0]}")
     labels = _npz_labels(arrays.get(pair[1]), len(images), f"{path}: {pair[1]}")
     names = arrays.get("classes")
-    return _Images(
+    return ImageSource(
         count=len(images),
         image=lambda row: convert(images[row]),
         name=lambda row: f"{pair[0]}[{row}]",
@@ -361,67 +354,6 @@ def _npz_labels(labels: Any, count: int, what: str) -> list[int] | None:
             f"{what} is {getattr(labels, 'dtype', 'bytes')} of shape {shape}; accepted: {count} integers"
         )
     return [int(label) for label in labels.reshape(-1)]
-
-
-# ------------------------------------------------------------------------------------- torchvision
-
-
-@dataclass(frozen=True)
-class _SetOptions:
-    """`split`: "train", "test" or what else the data set calls its parts."""
-
-    root: str = "data"
-    split: str = "test"
-    download: bool = False
-
-
-def _torchvision(text: str, shape: Shape, classes: int | None) -> _Images:
-    name, _, options = text.partition(",")
-    sets = [n for n in torchvision.datasets.__all__ if inspect.isclass(getattr(torchvision.datasets, n))]
-    registry = dict.fromkeys(sets, _SetOptions())
-    chosen = specs.parse(f"{name}:{options}", registry, "torchvision data set")
-    dataset = _build_set(name.strip(), chosen, shape, classes)
-    try:
-        count = len(dataset)
-    except TypeError as error:
-        raise InputError(f"torchvision:{name} has no length; accepted: image classification sets") from error
-
-    def example(row: int) -> tuple[Image.Image, int]:
-        try:
-            image, label = dataset[row]
-            if isinstance(image, Image.Image):
-                return image, int(label)
-        except (TypeError, ValueError, OSError, RuntimeError) as error:
-            raise InputError(f"torchvision:{name}[{row}] cannot be used: {first_line(error)}") from error
-        raise InputError(f"torchvision:{name} is no image classification set")
-
-    class_names = getattr(dataset, "classes", None)
-    return _Images(
-        count=count,
-        image=lambda row: _pixels(example(row)[0]),
-        name=lambda row: f"{name}[{row}]",
-        label=lambda row: example(row)[1],
-        class_names=tuple(map(str, class_names)) if isinstance(class_names, (list, tuple)) else None,
-    )
-
-
-def _build_set(name: str, options: _SetOptions, shape: Shape, classes: int | None) -> Any:
-    """Give the data set what its constructor takes; constructors differ, so they are asked."""
-    make = getattr(torchvision.datasets, name)
-    offered = {
-        "root": options.root,
-        "train": options.split == "train",
-        "split": options.split,
-        "download": options.download,
-        "image_size": shape,
-        "num_classes": classes or 10,
-    }
-    taken = inspect.signature(make).parameters
-    try:
-        return make(**{key: value for key, value in offered.items() if key in taken})
-    except Exception as error:  # constructors check files in their own ways
-        where = f"torchvision:{name},root={options.root}"
-        raise InputError(f"{where} cannot be opened: {first_line(error)}") from error
 
 
 # ------------------------------------------------------------------------------------- truth files

@@ -28,3 +28,7 @@ class InputError(LeakauditError, ValueError):
 
 class AmbiguityError(InputError):
     """More than one reading of a file fits; the message lists the candidates."""
+
+
+class Unmeasurable(Exception):
+    """A metric cannot be computed here; the message is the reason."""

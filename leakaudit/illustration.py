@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from scipy.stats import binomtest
 from torch import Tensor
 
 from leakaudit.attacks.base import Reconstruction
@@ -147,6 +146,8 @@ def _succeeded(medium: Medium[T, P], attempt: Measured, view: View, yardstick: Y
 
 def _success_rate(attempts: Sequence[Attempt], criterion: str) -> SuccessRate:
     """Wilson 1927 score interval at 95 %."""
+    from scipy.stats import binomtest  # half a second, which a single attempt does without
+
     successes = sum(bool(attempt.success) for attempt in attempts)
     interval = binomtest(successes, len(attempts)).proportion_ci(method="wilson")
     return SuccessRate(

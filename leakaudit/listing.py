@@ -1,4 +1,4 @@
-"""Tables of what there is, for `leakaudit list`."""
+"""Tables of what there is, for `leakaudit list`; each imports what it lists, and nothing else."""
 
 from __future__ import annotations
 
@@ -9,14 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from leakaudit.attacks.registry import ATTACKS, describe_attack, medium_of_attack
-from leakaudit.defenses import DEFENSES
-from leakaudit.federated.options import SYSTEMS
-from leakaudit.inference import DESCRIPTIONS, INFERENCES
-from leakaudit.metrics import METRICS
-from leakaudit.models.zoo import LANGUAGE, MODEL_PLUGINS, MODELS
 from leakaudit.spec import described
-from leakaudit.text_metrics import TEXT_METRICS
 
 
 def tables() -> dict[str, Callable[[Console], None]]:
@@ -50,6 +43,8 @@ def _options(preset: object) -> str:
 
 
 def _attacks(console: Console) -> None:
+    from leakaudit.attacks.registry import ATTACKS, describe_attack, medium_of_attack
+
     attacks, broken = ATTACKS.usable()
     rows = (
         (name, medium_of_attack(name), f"{describe_attack(name)}\n{_options(attack)}")
@@ -60,11 +55,15 @@ def _attacks(console: Console) -> None:
 
 
 def _inferences(console: Console) -> None:
+    from leakaudit.inference import DESCRIPTIONS, INFERENCES
+
     rows = ((name, f"{DESCRIPTIONS[name]}\n{_options(inference)}") for name, inference in INFERENCES.items())
     _print(console, ("inference", "what it does, and its options"), rows)
 
 
 def _defenses(console: Console) -> None:
+    from leakaudit.defenses import DEFENSES
+
     defenses, broken = DEFENSES.usable()
     rows = ((name, f"{described(defense)}\n{_options(defense)}") for name, defense in defenses.items())
     _print(console, ("defense", "what it does, and its options"), rows)
@@ -72,18 +71,22 @@ def _defenses(console: Console) -> None:
 
 
 def _protocols(console: Console) -> None:
-    from leakaudit.sweep.protocols import PROTOCOLS  # sweeps stand above audits
+    from leakaudit.sweep.protocols import PROTOCOLS
 
     rows = ((name, f"{described(protocol)}\n{_options(protocol)}") for name, protocol in PROTOCOLS.items())
     _print(console, ("protocol", "what it does, and its options"), rows)
 
 
 def _systems(console: Console) -> None:
+    from leakaudit.federated.options import SYSTEMS
+
     rows = ((name, f"{described(system)}\n{_options(system)}") for name, system in SYSTEMS.items())
     _print(console, ("system", "what it is, and its options"), rows)
 
 
 def _models(console: Console) -> None:
+    from leakaudit.models.zoo import LANGUAGE, MODEL_PLUGINS, MODELS
+
     rows = [
         (
             name,
@@ -110,6 +113,9 @@ def _models(console: Console) -> None:
 
 
 def _metrics(console: Console) -> None:
+    from leakaudit.metrics import METRICS
+    from leakaudit.text_metrics import TEXT_METRICS
+
     rows = [
         (
             name,

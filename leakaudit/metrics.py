@@ -6,40 +6,21 @@ device; reconstructions are clamped to that box first.
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import io
 import math
-import socket
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-import lpips
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
-from scipy.stats import binom
+from scipy.special import bdtrc
 from torch import Tensor
-from torchmetrics.functional.image import structural_similarity_index_measure
 
-from leakaudit.errors import InputError
-from leakaudit.formats.phrases import first_line
+from leakaudit.errors import InputError, Unmeasurable
 from leakaudit.results import Score
 
 CHANCE_DRAWS = 8
 """Batches of unrelated images scored to find a metric's chance level."""
-
-LpipsNet = Literal["squeeze", "alex"]
-
-_LPIPS_SIZE = 32
-_DOWNLOAD_SECONDS = 10.0
-
-
-class Unmeasurable(Exception):
-    """A metric cannot be computed here; the message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +77,8 @@ def ssim(reconstruction: Tensor, truth: Tensor) -> Tensor:
     radius = min(5, (min(truth.shape[-2:]) - 1) // 2)
     if radius < 1:
         raise Unmeasurable(f"SSIM needs images of at least 3x3 pixels, got {_size(truth)}")
+    from torchmetrics.functional.image import structural_similarity_index_measure  # seconds to import
+
     _, similarity = structural_similarity_index_measure(
         reconstruction.double(),
         truth.double(),
@@ -109,12 +92,16 @@ def ssim(reconstruction: Tensor, truth: Tensor) -> Tensor:
 
 def lpips_squeeze(reconstruction: Tensor, truth: Tensor) -> Tensor:
     """LPIPS v0.1 with SqueezeNet 1.1 (Zhang et al. 2018), (N,) float32, >= 0."""
-    return _lpips(reconstruction, truth, "squeeze")
+    from leakaudit.perceptual import lpips_distance  # torchvision, which takes seconds to import
+
+    return lpips_distance(reconstruction, truth, "squeeze")
 
 
 def lpips_alex(reconstruction: Tensor, truth: Tensor) -> Tensor:
     """LPIPS v0.1 with AlexNet (Zhang et al. 2018), (N,) float32, >= 0."""
-    return _lpips(reconstruction, truth, "alex")
+    from leakaudit.perceptual import lpips_distance
+
+    return lpips_distance(reconstruction, truth, "alex")
 
 
 METRICS: dict[str, Metric] = {
@@ -232,8 +219,9 @@ def label_score(recovered: Tensor, true: Tensor, num_classes: int) -> Score:
     found, wanted = (
         torch.bincount(labels.cpu().long(), minlength=num_classes) for labels in (recovered, true)
     )
+    drawn = len(recovered)
     expected = sum(
-        float(binom.sf(np.arange(int(count)), len(recovered), 1 / num_classes).sum()) for count in wanted
+        float(bdtrc(np.arange(min(int(count), drawn)), drawn, 1 / num_classes).sum()) for count in wanted
     )
     return Score(
         metric="label-accuracy",
@@ -306,57 +294,6 @@ def _rank_score(ranks: Sequence[float | None], candidates: int) -> Score:
         chance=(candidates + 1) / 2 if measured else None,
         reason="" if measured else "no pool of other images to tell the true one from",
     )
-
-
-def _lpips(reconstruction: Tensor, truth: Tensor, net: LpipsNet) -> Tensor:
-    """Grey images are repeated to three channels; a shorter side below 32 pixels is scaled up to 32
-    (bilinear), the least the trunks take.  Nothing else is resized."""
-    if truth.shape[1] not in (1, 3):
-        raise Unmeasurable(f"LPIPS needs 1 or 3 channels, got {truth.shape[1]}")
-    model = _lpips_model(net)
-    if isinstance(model, str):
-        raise Unmeasurable(model)
-    device = truth.device
-    with torch.no_grad():
-        pair = [_lpips_input(images) for images in (reconstruction, truth)]
-        return model(*pair, normalize=True).flatten().to(device)
-
-
-def _lpips_input(images: Tensor) -> Tensor:
-    images = images.cpu().float().expand(-1, 3, -1, -1)
-    shorter = min(images.shape[-2:])
-    if shorter >= _LPIPS_SIZE:
-        return images
-    size = [max(_LPIPS_SIZE, round(side * _LPIPS_SIZE / shorter)) for side in images.shape[-2:]]
-    return F.interpolate(images, size=size, mode="bilinear", align_corners=False)
-
-
-@functools.cache
-def _lpips_model(net: LpipsNet) -> lpips.LPIPS | str:
-    """Built once a process; the reason when the trunk's weights cannot be had."""
-    try:
-        with _quiet_download():
-            return lpips.LPIPS(net=net, verbose=False).requires_grad_(False)
-    except (OSError, RuntimeError, EOFError) as error:
-        return f"the LPIPS weights ({net}) cannot be had: {first_line(error)}; they are sought in TORCH_HOME"
-
-
-@contextlib.contextmanager
-def _quiet_download() -> Iterator[None]:
-    """torchvision may fetch the trunk: without its chatter, and without waiting long for a dead network."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(_DOWNLOAD_SECONDS)
-    try:
-        silence = io.StringIO()
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(silence),
-            contextlib.redirect_stderr(silence),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        socket.setdefaulttimeout(before)
 
 
 def _size(images: Tensor) -> str:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional as transforms
 
 from leakaudit.data import control_photos, photo_folder
 from leakaudit.models.spaces import Pixels
+from leakaudit.resampling import resized
 
 __all__ = ["distractors", "photo_folder"]
 
@@ -24,6 +24,6 @@ def distractors(space: Pixels) -> Tensor:
         images.append(photo)
         for top, left in torch.randint(0, 52, (CROPS, 2), generator=generator).tolist():
             images.append(photo[:, top : top + 76, left : left + 76])
-    resized = [transforms.resize(image, list(space.shape[1:]), antialias=True) for image in images]
-    pool = torch.stack(resized).clamp(0, 1)
+    height, width = space.shape[1:]
+    pool = torch.stack([resized(image, height, width, "bilinear") for image in images]).clamp(0, 1)
     return torch.cat([pool, pool.flip(-1)])

@@ -113,7 +113,7 @@ def _lora(sources: Sources, manifest: Manifest) -> str | None:
 
 def _victim_of_module(module: nn.Module, checkpoint: str | Path | None, manifest: Manifest) -> Victim:
     if manifest.task is not None:
-        from leakaudit.models.language import victim_of_pretrained  # transformers, which images do without
+        from leakaudit.models.pretrained import victim_of_pretrained  # transformers, which images do without
 
         return victim_of_pretrained(
             module,

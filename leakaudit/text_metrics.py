@@ -18,10 +18,9 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from torchmetrics.functional.text.rouge import rouge_score
 
-from leakaudit.errors import InputError
-from leakaudit.metrics import CHANCE_DRAWS, BatchScores, Unmeasurable
+from leakaudit.errors import InputError, Unmeasurable
+from leakaudit.metrics import CHANCE_DRAWS, BatchScores
 from leakaudit.models.spaces import NO_TOKEN, Tokens, stack_sentences
 from leakaudit.results import Score, Token
 
@@ -243,6 +242,10 @@ def _rouge(recovered: Row, truth: Row, space: Tokens, key: str, words: int) -> f
     if len(pair[1].split()) < words:
         lack = "no words" if words == 1 else f"fewer than {words} words"
         raise Unmeasurable(f"the private sentence has {lack}")
+    from torchmetrics.functional.text.rouge import (
+        rouge_score,  # seconds, and its package imports transformers
+    )
+
     score = rouge_score(*pair, rouge_keys=key, normalizer=str, tokenizer=str.split)
     return float(score[f"{key}_fmeasure"])
 

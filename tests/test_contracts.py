@@ -26,8 +26,9 @@ from leakaudit.attacks.registry import (
 )
 from leakaudit.attacks.tiger import Tiger
 from leakaudit.defenses import DEFENSES
+from leakaudit.errors import Unmeasurable
 from leakaudit.formats.manifest import Normalisation
-from leakaudit.metrics import METRICS, Metric, Unmeasurable, score_batch
+from leakaudit.metrics import METRICS, Metric, score_batch
 from leakaudit.models.spaces import NO_TOKEN, Pixels
 from leakaudit.models.victim import Victim
 from leakaudit.models.zoo import MODELS, load_victim, model_info

@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimage.metrics import mean_squared_error, peak_signal_noise_ratio, structural_similarity
 
-from leakaudit import metrics
-from leakaudit.errors import InputError
-from leakaudit.metrics import METRICS, Metric, Unmeasurable, label_score, match, score_batch
+from leakaudit import metrics, perceptual
+from leakaudit.errors import InputError, Unmeasurable
+from leakaudit.metrics import METRICS, Metric, label_score, match, score_batch
 
 TORCH_HOME = Path(__file__).parents[1].parent / "shared" / "data" / "torch_home"
 PIXEL = [METRICS[name] for name in ("mse", "psnr", "ssim")]
@@ -35,9 +35,9 @@ def generator(seed: int = 0) -> torch.Generator:
 
 @pytest.fixture
 def fresh_lpips() -> Iterator[None]:
-    metrics._lpips_model.cache_clear()
+    perceptual.lpips_model.cache_clear()
     yield
-    metrics._lpips_model.cache_clear()
+    perceptual.lpips_model.cache_clear()
 
 
 def refuse_downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -91,6 +91,12 @@ def test_scores_equal_torchmetrics() -> None:
     truth, found = images(4), images(4, seed=1)
     expected = tm.peak_signal_noise_ratio(found, truth, data_range=1.0, reduction="none", dim=(1, 2, 3))
     torch.testing.assert_close(metrics.psnr(found, truth).float(), expected)
+
+
+def test_labels_by_chance_where_fewer_are_recovered_than_there_are() -> None:
+    """Of 3 and 1 examples of two classes, one label drawn of 4: it is right with probability 1/2."""
+    score = label_score(torch.tensor([0]), torch.tensor([0, 0, 0, 1]), 4)
+    assert score.chance == pytest.approx(0.5 / 4)
 
 
 @pytest.mark.parametrize("side", range(3, 12))
@@ -156,7 +162,7 @@ def test_lpips_takes_grey_and_tiny_images(lpips_weights: None) -> None:
 def test_lpips_is_built_once(lpips_weights: None) -> None:
     metrics.lpips_squeeze(images(1, 3, 32), images(1, 3, 32))
     metrics.lpips_squeeze(images(1, 3, 32), images(1, 3, 32))
-    assert metrics._lpips_model.cache_info().misses == 1
+    assert perceptual.lpips_model.cache_info().misses == 1
 
 
 def test_lpips_without_weights_is_not_measured_with_the_reason(

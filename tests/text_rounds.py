@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from leakaudit.bundled import TinyModel, sentences, tiny_model
-from leakaudit.models.language import IGNORED, LanguageVictim, Task, load_language_victim
+from leakaudit.models.language import IGNORED, LanguageVictim, Task
+from leakaudit.models.pretrained import load_language_victim
 from leakaudit.models.spaces import NO_TOKEN, stack_sentences
 from leakaudit.rounds import Round, client_update
 from leakaudit.threat import Knowledge, View, known

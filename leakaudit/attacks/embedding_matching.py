@@ -36,7 +36,7 @@ from leakaudit.attacks.sentences import (
 )
 from leakaudit.attacks.tiger import TIGER
 from leakaudit.errors import InputError
-from leakaudit.models.language import LanguageVictim, load_language_victim, text_as_labels
+from leakaudit.models.language import LanguageVictim, text_as_labels
 from leakaudit.threat import View
 from leakaudit.update import Update
 
@@ -337,6 +337,8 @@ class LanguageModelPrior:
     def _prior(self) -> LanguageVictim | None:
         if self.language_model is None:
             return None
+        from leakaudit.models.pretrained import load_language_victim  # transformers, which others do without
+
         return load_language_victim(self.language_model, "causal-lm")
 
     def _refuse_language_model(self, view: View) -> str | None:

@@ -20,7 +20,7 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from scipy.stats import chi2
+from scipy.special import chdtri
 from torch import Tensor
 
 from leakaudit.models.language import LanguageVictim
@@ -203,7 +203,7 @@ def position_rows(view: View, noise: float) -> Tensor:
 
 def _row_threshold(rows: int, width: int, noise: float) -> float:
     """Squared length that one of so many rows of noise hardly exceeds; 0 without noise."""
-    return noise**2 * float(chi2.isf(FALSE_ALARMS / rows, width)) if noise else 0.0
+    return noise**2 * float(chdtri(width, FALSE_ALARMS / rows)) if noise else 0.0
 
 
 def _thinned(rows: Tensor) -> bool:

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
 from leakaudit.attacks.head import storage_precision
+from leakaudit.models.architectures import is_conv1d
 from leakaudit.models.language import LanguageVictim
 from leakaudit.models.lora import LoraLinear
 from leakaudit.update import Update
@@ -104,7 +104,7 @@ def gradients(victim: LanguageVictim, update: Update, layer: int) -> Iterator[tu
                 factors.append(update[down].double())
         elif f"{name}.weight" in update:
             gradient = update[f"{name}.weight"].double()
-            whole.append(gradient.T if isinstance(module, Conv1D) else gradient)
+            whole.append(gradient.T if is_conv1d(module) else gradient)
     for stack in (whole, factors):
         if stack and bool(torch.cat(stack).any()):
             yield torch.cat(stack), None

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import nn
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -61,3 +63,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma": _LLAMA,
 }
 """By `config.model_type` of transformers."""
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is transformers' `Conv1D`, GPT-2's linear layer, whose weight is (in, out) where `Linear`'s is
+    (out, in).  By its name, so that nobody imports transformers to learn that there is none."""
+    names = (f"{kind.__module__}.{kind.__qualname__}" for kind in type(module).__mro__)
+    return "transformers.pytorch_utils.Conv1D" in names

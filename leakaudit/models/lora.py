@@ -18,12 +18,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from leakaudit.errors import InputError
 from leakaudit.formats.checkpoint import read_state_dict
 from leakaudit.formats.phrases import first_line, listing, quoted
+from leakaudit.models.architectures import is_conv1d
 from leakaudit.spec import parse
 
 CONFIG = "adapter_config.json"
@@ -109,7 +108,7 @@ class LoraLinear(nn.Module):
     def __init__(self, base: nn.Module, rank: int, scale: float) -> None:
         super().__init__()
         weight: Tensor = base.weight  # type: ignore[assignment]
-        outgoing, incoming = weight.shape[::-1] if isinstance(base, Conv1D) else weight.shape
+        outgoing, incoming = weight.shape[::-1] if is_conv1d(base) else weight.shape
         self.base_layer = base.requires_grad_(False)
         self.lora_A = nn.Linear(incoming, rank, bias=False)
         self.lora_B = nn.Linear(rank, outgoing, bias=False)
@@ -130,7 +129,7 @@ def attach(module: nn.Module, lora: Lora, head: tuple[str, ...] = ()) -> None:
         parameter.requires_grad_(name in head)
     layers = _layers(module, lora.targets, head)
     if not layers:
-        known = {n.rpartition(".")[2] for n, m in module.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+        known = {name.rpartition(".")[2] for name in _linear_layers(module)}
         raise InputError(
             f"no layer of the model is called {lora.targets}; accepted as targets: {', '.join(sorted(known))}"
         )
@@ -144,13 +143,21 @@ def attach(module: nn.Module, lora: Lora, head: tuple[str, ...] = ()) -> None:
 
 def _layers(module: nn.Module, targets: str, head: tuple[str, ...]) -> list[str]:
     """Names of the layers that end on a target, at a dot."""
-    linear = {name: child for name, child in module.named_modules() if isinstance(child, nn.Linear | Conv1D)}
+    linear = _linear_layers(module)
     if targets != ALL_LINEAR:
         ends = tuple(f".{target}" for target in targets.split("+"))
         return [name for name in linear if f".{name}".endswith(ends)]
     model: Any = module
-    scores = model.get_output_embeddings() if isinstance(module, PreTrainedModel) else None
+    scores = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return [n for n, child in linear.items() if f"{n}.weight" not in head and child is not scores]
+
+
+def _linear_layers(module: nn.Module) -> dict[str, nn.Module]:
+    return {
+        name: child
+        for name, child in module.named_modules()
+        if isinstance(child, nn.Linear) or is_conv1d(child)
+    }
 
 
 def _load(module: nn.Module, path: Path) -> None:

@@ -13,7 +13,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 
 from leakaudit.errors import InputError
@@ -177,12 +176,14 @@ def resnet18(
     (Zhu, Liu and Han 2019, section 4.1) "change activation ReLU to Sigmoid and remove
     strides".  Deviation: global average pooling, where their code pools 4x4.
     """
-    model = torchvision.models.resnet18(weights=None, num_classes=num_classes)
+    from torchvision.models import ResNet, resnet  # seconds, which the other models do without
+
+    model = resnet.resnet18(weights=None, num_classes=num_classes)
     model.conv1 = nn.Conv2d(input_shape[0], 64, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
     model.maxpool = nn.Identity()
     for module in model.modules():
-        if isinstance(module, torchvision.models.ResNet | torchvision.models.resnet.BasicBlock):
+        if isinstance(module, ResNet | resnet.BasicBlock):
             module.relu = ACTIVATIONS[activation]()
         if isinstance(module, nn.Conv2d) and not strides:
             module.stride = (1, 1)

@@ -24,7 +24,6 @@ from types import ModuleType
 from typing import Any, Literal, Protocol
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from leakaudit import spec as specs
@@ -115,17 +114,6 @@ class CifarResNetOptions(WidthOptions, ResNetOptions):
     """`width`: channels of the first layer; 64 for the ResNet20-4 of Geiping et al. 2020."""
 
     width: int = 16
-
-
-@dataclass(frozen=True)
-class TorchvisionOptions:
-    """Attributes:
-    weights: torchvision's name for pretrained weights, such as IMAGENET1K_V1.
-    image_size: input height of a model that is built for one (the vision transformers).
-    """
-
-    weights: str | None = None
-    image_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -254,49 +242,6 @@ class _Registered:
 
 
 @dataclass(frozen=True)
-class _Torchvision:
-    name: str
-    options: TorchvisionOptions
-
-    @property
-    def info(self) -> ModelInfo:
-        crops = torchvision.models.get_model_weights(self.name).DEFAULT.transforms().crop_size
-        size = self.options.image_size or crops[0]
-        return ModelInfo(
-            f"torchvision:{self.name}", (3, size, size), 1000, "torchvision classifier", "torchvision"
-        )
-
-    def build(self, num_classes: int | None, shape: Shape, seed: int) -> nn.Module:
-        return self._make(num_classes, self._weights())
-
-    def skeleton(self, num_classes: int | None, shape: Shape) -> nn.Module:
-        with torch.device("meta"):
-            return self._make(num_classes, None)
-
-    def _weights(self) -> Any:
-        if self.options.weights is None:
-            return None
-        known = torchvision.models.get_model_weights(self.name).__members__
-        if self.options.weights not in known:
-            raise InputError(
-                f"torchvision:{self.name} has no weights {self.options.weights!r}"
-                f"{specs.suggest(self.options.weights, known)}; known: {', '.join(known)}"
-            )
-        return known[self.options.weights]
-
-    def _make(self, num_classes: int | None, weights: Any) -> nn.Module:
-        arguments: dict[str, Any] = {"num_classes": num_classes or 1000}
-        if self.options.image_size is not None:
-            arguments["image_size"] = self.options.image_size
-        if self.name in ("googlenet", "inception_v3"):  # else they warn that their default will change
-            arguments["init_weights"] = weights is None
-        try:
-            return torchvision.models.get_model(self.name, weights=weights, progress=False, **arguments)
-        except (ValueError, TypeError, OSError, RuntimeError, AssertionError) as error:
-            raise InputError(f"torchvision:{self.name} cannot be built: {first_line(error)}") from error
-
-
-@dataclass(frozen=True)
 class _Factory:
     text: str
     function: Callable[..., object]
@@ -381,7 +326,11 @@ def resolve(spec: str) -> Source:
     if name.strip() in MODEL_PLUGINS:
         return _with_options(MODEL_PLUGINS[name.strip()], name.strip(), rest)
     if name.strip() == "torchvision":
-        return _torchvision_source(rest)
+        from leakaudit.models.torchvision_models import (
+            torchvision_source,  # seconds, which our own do without
+        )
+
+        return torchvision_source(rest)
     target, _, function = spec.rpartition(":")
     if target.endswith(".py") or (target and function.strip().isidentifier()):
         return _factory_source(target.strip(), function.strip(), spec)
@@ -446,7 +395,7 @@ def load_victim(
     Raises `InputError` for anything that does not fit together.
     """
     if spec.startswith(LANGUAGE):
-        from leakaudit.models.language import load_language_victim  # transformers, which images do without
+        from leakaudit.models.pretrained import load_language_victim  # transformers, which images do without
 
         return load_language_victim(
             spec,
@@ -611,19 +560,6 @@ def _count_outputs(module: nn.Module, shape: Shape, spec: str) -> int:
     if not isinstance(output, Tensor) or output.dim() != 2:
         raise InputError(f"model {spec} does not return class scores of shape (batch, classes)")
     return output.shape[1]
-
-
-def _torchvision_source(text: str) -> Source:
-    name, _, options = text.partition(",")
-    name, known = name.strip().lower(), torchvision.models.list_models(torchvision.models)
-    if name not in known:
-        raise InputError(
-            f"torchvision has no classifier {name!r}{specs.suggest(name, known)};"
-            " torchvision.models.list_models(torchvision.models) lists them"
-        )
-    return _Torchvision(
-        name, specs.parse(f"{name}:{options}", {name: TorchvisionOptions()}, "torchvision model")
-    )
 
 
 def _factory_source(target: str, function: str, spec: str) -> Source:

@@ -7,23 +7,21 @@ memory) it is certain which job it was doing.
 from __future__ import annotations
 
 import os
-import threading
-import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from multiprocessing import active_children, get_context, parent_process
+from multiprocessing import active_children
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from signal import SIG_IGN, SIGINT, signal
 from typing import Protocol
 
 import torch
 
 from leakaudit.results import Value
 from leakaudit.sweep.work import Job
+from leakaudit.sweep.workers import new_executor
 
 TRIES = 2
 """How often a job may cost its worker's life."""
@@ -65,9 +63,7 @@ class _Worker:
         self.start()
 
     def start(self) -> None:
-        self.executor = ProcessPoolExecutor(
-            1, mp_context=get_context("spawn"), initializer=_prepare, initargs=(self.threads, self.gpu)
-        )
+        self.executor = new_executor(self.threads, self.gpu)
 
     def submit(self, job: Job, root: Path) -> Future[Value]:
         return self.executor.submit(execute, job, root)
@@ -129,25 +125,6 @@ def _kill(processes: Iterable[BaseProcess]) -> None:
 
 def execute(job: Job, root: Path) -> Value:
     return job.execute(root)
-
-
-def _prepare(threads: int, gpu: int | None) -> None:
-    """Make a worker: it leaves Ctrl-C to the sweep, and ends with it."""
-    signal(SIGINT, SIG_IGN)
-    if gpu is not None:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)
-    torch.set_num_threads(threads)
-    warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated", category=FutureWarning)
-    threading.Thread(target=_follow_parent, daemon=True).start()
-
-
-def _follow_parent() -> None:
-    """A sweep that was killed leaves no worker behind, who would go on writing into its folder."""
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def cores() -> int:

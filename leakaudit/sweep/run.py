@@ -19,6 +19,7 @@ from leakaudit.sweep.plan import plan_sweep
 from leakaudit.sweep.ray_engine import RayEngine, check_ray
 from leakaudit.sweep.target_jobs import Bounds
 from leakaudit.sweep.work import Job
+from leakaudit.sweep.workers import begin_importing
 from leakaudit.sweep_results import Run, SweepResult, Utility
 
 
@@ -41,6 +42,7 @@ def run_sweep(
         InputError: for anything that cannot be used, before anything is computed.
     """
     began = time.monotonic()
+    begin_importing(config)
     engine = engine_of(config)
     check_outputs(config)
     baseline = None if config.baseline is None else read_baseline(config.baseline)

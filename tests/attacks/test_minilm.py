@@ -10,7 +10,8 @@ import torch
 
 from leakaudit.attacks.base import Monitor
 from leakaudit.attacks.text_recovery import PositionRows, SpanCheck
-from leakaudit.models.language import Task, load_language_victim
+from leakaudit.models.language import Task
+from leakaudit.models.pretrained import load_language_victim
 from leakaudit.randomness import fork
 from leakaudit.rounds import Round, client_update
 from leakaudit.text_data import private_text

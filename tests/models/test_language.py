@@ -28,7 +28,8 @@ from leakaudit.bundled import tiny_model
 from leakaudit.errors import InputError
 from leakaudit.formats.checkpoint import load_checkpoint, save_checkpoint
 from leakaudit.models.architectures import ARCHITECTURES
-from leakaudit.models.language import IGNORED, LanguageVictim, Task, language_victim, load_language_victim
+from leakaudit.models.language import IGNORED, LanguageVictim, Task, language_victim
+from leakaudit.models.pretrained import load_language_victim
 from leakaudit.models.spaces import NO_TOKEN
 from leakaudit.rounds import parameter_gradient
 

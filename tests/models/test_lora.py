@@ -18,8 +18,9 @@ from transformers.pytorch_utils import Conv1D
 from leakaudit.errors import InputError
 from leakaudit.formats.loading import load_update
 from leakaudit.formats.manifest import Manifest
-from leakaudit.models.language import LanguageVictim, Task, language_victim, load_language_victim
+from leakaudit.models.language import LanguageVictim, Task, language_victim
 from leakaudit.models.lora import Lora, LoraLinear, attach
+from leakaudit.models.pretrained import load_language_victim
 from leakaudit.rounds import Round, client_update, parameter_gradient
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
