@@ -197,7 +197,7 @@ def _attempt(
     compiler: Compiler,
 ) -> tuple[Reconstruction, float]:
     monitor = Monitor(on_step, deadline, compiler=compiler)
-    compiler.step = EAGER
+    compiler.begin()
     generator = fork(seed, f"{entry.name}/{restart}", view.victim.device)
     began = time.monotonic()
     try:

@@ -93,6 +93,11 @@ class Compiler:
             raise InputError(f"{source} is {chosen!r}; accepted: {', '.join(get_args(Mode))}")
         return cls(cast(Mode, chosen))
 
+    def begin(self) -> None:
+        """Forget what could not be compiled, and how the last function was evaluated: another attempt begins."""
+        self.step = EAGER
+        self._refused.clear()
+
     def prepare(
         self,
         function: Function,
@@ -118,7 +123,7 @@ class Compiler:
 
         try:
             recorded = record(function, arguments)
-            if recorded.key not in self._compiled and not self._pays(recorded, evaluations, seconds_left):
+            if not self._pays(recorded, evaluations, seconds_left):
                 return function
             quick = self._bound(recorded, arguments)
             _check(function, quick, arguments)
@@ -129,6 +134,7 @@ class Compiler:
         return quick
 
     def _pays(self, recorded: Recorded, evaluations: int, seconds_left: float | None) -> bool:
+        """Whatever is compiled already: else results would depend on what ran before."""
         if self.mode == "always":
             return True
         device = recorded.device

@@ -27,7 +27,7 @@ from leakaudit.report.folder import write_run
 from leakaudit.results import AuditResult, ExampleScores, Trial
 from leakaudit.subject import inspected
 from leakaudit.sweep.protocols import round_of
-from leakaudit.sweep.setup import Setup, load_examples, load_model, load_pool
+from leakaudit.sweep.setup import Setup, load_examples, load_model, load_pool, shared_compiler
 from leakaudit.sweep.work import one_line
 from leakaudit.sweep_results import RUNS, Adversary, Example, Frame, Run
 from leakaudit.threat import View, see
@@ -114,6 +114,7 @@ class RunJob:
             plan=Plan(attacks=(self.attack,), seed=self.seed, budget=self.budget),
             policy=policy,
             metrics=self.metrics,
+            compiler=shared_compiler(),
             controls=False,
             redact=self.redact,
             command="leakaudit defend",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from leakaudit.atomic import sha256_of
+from leakaudit.attacks.compiling import Compiler
 from leakaudit.data import PrivateBatch
 from leakaudit.formats.checkpoint import parameters_sha256
 from leakaudit.media import medium_of
@@ -90,6 +91,12 @@ def fresh_model(setup: Setup, seed: int) -> Victim:
         task=setup.task,
         lora=setup.lora,
     )
+
+
+@functools.cache
+def shared_compiler() -> Compiler:
+    """It keeps the compiled steps of a process's attacks: one graph serves every run on the same model."""
+    return Compiler.of()
 
 
 @functools.lru_cache(maxsize=1)

@@ -211,3 +211,34 @@ def test_a_compiled_attack_finds_what_the_eager_one_finds() -> None:
     assert torch.equal(compiled.x, again.x)
     assert float((compiled.x - eager.x).norm()) <= 1e-2 * float(eager.x.norm())
     torch.testing.assert_close(compiled.loss, eager.loss, rtol=1e-3, atol=1e-6)
+
+
+def test_what_is_compiled_does_not_depend_on_what_ran_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a sweep one worker keeps its graphs between runs, and two workers must find what one finds."""
+    view = view_of()
+    step, arguments = step_of(view), start(view)
+    compiler = Compiler("auto")
+    compiler._compiled[record(step, arguments).key] = None  # type: ignore[assignment]
+    monkeypatch.setattr("leakaudit.attacks.compiling.FEW", 0)
+    assert compiler.prepare(step, arguments, evaluations=1) is step
+
+
+def test_a_refusal_lasts_for_one_attempt() -> None:
+    compiler, arguments = Compiler("always"), [torch.ones(3)]
+    compiler.prepare(branching, arguments, evaluations=1)
+    compiler.begin()
+    assert compiler.step == "eager"
+    compiler.prepare(random, arguments, evaluations=1)
+    assert "random" in compiler.step
+
+
+@pytest.mark.gpu
+def test_a_replayed_step_is_the_eager_step() -> None:
+    view = view_of().to("cuda")
+    step = step_of(view)
+    x, labels = (tensor.cuda() for tensor in start(view))
+    compiler = Compiler("always")
+    quick = compiler.prepare(step, (x, labels), evaluations=1)
+    assert compiler.step == "compiled"
+    for point in (x, 2 * x):
+        assert close(quick(point, labels), step(point, labels))
