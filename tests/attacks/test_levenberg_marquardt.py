@@ -15,9 +15,7 @@ from leakaudit.attacks.base import Monitor
 from leakaudit.attacks.jacobian import System
 from leakaudit.attacks.levenberg_marquardt import (
     LevenbergMarquardt,
-    Normal,
     choose_labels,
-    lower_gram,
     smoothness_matrix,
 )
 from leakaudit.attacks.matching import squared
@@ -239,25 +237,6 @@ def test_given_labels_win_over_inference() -> None:
     assert source == "known: test"
 
 
-@pytest.mark.parametrize("shape", [(30, 12), (8, 12)])
-def test_step_solves_the_damped_normal_equations(shape: tuple[int, int]) -> None:
-    columns = torch.randn(shape, generator=fork(0, "columns"), dtype=torch.float64)
-    residual = torch.randn(shape[0], generator=fork(0, "residual"), dtype=torch.float64)
-    normal = Normal.of(columns, None)
-    factor, damping = normal.factor(0.3)
-    step, gradient = normal.step(factor, residual, None)
-    expected = -torch.linalg.solve(columns.T @ columns + 0.3 * torch.eye(12), columns.T @ residual)
-    assert damping == 0.3
-    assert torch.allclose(step, expected, rtol=1e-9)
-    assert torch.allclose(gradient, columns.T @ residual)
-
-
-def test_singular_normal_equations_raise_the_damping() -> None:
-    columns = torch.ones(5, 3, dtype=torch.float64)
-    _, damping = Normal.of(columns, None).factor(0.0)
-    assert damping > 0
-
-
 def test_overflowing_jacobian_ends_the_descent() -> None:
     """Square roots of zero have infinite slopes: the attack must end, with its start as the best."""
 
@@ -274,11 +253,6 @@ def test_overflowing_jacobian_ends_the_descent() -> None:
     view = View(victim, Round(1), client_update(victim, victim.params, Round(1), x, y).detach())
     found = replace(ATTACK, warm_start=0).run(view, fork(0, "attack"), Monitor())
     assert (found.stopped, bool(found.x.isfinite().all())) == ("plateau", True)
-
-
-def test_lower_gram() -> None:
-    rows = torch.randn(17, 40, generator=fork(0, "rows"), dtype=torch.float64)
-    assert torch.allclose(lower_gram(rows).tril(), (rows @ rows.T).tril(), rtol=1e-12)
 
 
 def test_smoothness_matrix_is_the_sum_over_neighbours() -> None:
