@@ -118,7 +118,7 @@ def conjugate_gradients(
     right: Tensor,
     inverse: Callable[[Tensor], Tensor],
     limit: int,
-    tolerance: float = TOLERANCE,
+    tolerance: float,
 ) -> Solution:
     """Solve matrix(v) = right from v = 0, (n,).
 
@@ -238,9 +238,13 @@ class Solver:
         rows = UNKNOWNS_A_SOLVE.get(gram.device.type, UNKNOWNS_ELSEWHERE)
         return max(FEWEST, int(len(gram) / rows))
 
-    def prepare(self, linear: Linear, damping: float | None = None) -> Preconditioner:
-        """The preconditioner, made at `linear` when there is none or the last solve found it stale."""
-        if self.preconditioner is None or self._last > self.limit // 2:
+    def prepare(self, linear: Linear, damping: float | None = None, ending: bool = False) -> Preconditioner:
+        """The preconditioner, made at `linear` when there is none or the last solve found it stale.
+
+        Args:
+            ending: the last steps follow, for which a stale one is cheaper than a new one.
+        """
+        if self.preconditioner is None or (self._last > self.limit // 2 and not ending):
             self._make(linear, damping)
         assert self.preconditioner is not None
         return self.preconditioner
@@ -267,7 +271,7 @@ class Solver:
         """
         if linear.wide:
             return True
-        largest = float(self.prepare(linear, 0.0).gram.diagonal().max())
+        largest = float(self.prepare(linear, 0.0, ending=True).gram.diagonal().max())
         vector = torch.randn(linear.point.numel(), generator=generator, device=generator.device).to(
             linear.point
         )
@@ -287,6 +291,7 @@ class Solver:
             right,
             self.preconditioner,
             patience * self.limit,
+            TOLERANCE,
         )
         if len(solution.pairs) > KEPT_PAIRS // 2:
             self.preconditioner = replace(self.preconditioner, pairs=solution.pairs)

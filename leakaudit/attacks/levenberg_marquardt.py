@@ -200,7 +200,7 @@ class LevenbergMarquardt:
             if monitor.step(here.loss, *problem.system.split(here.point)):
                 return End(monitor.stopped, here, solver)
             linear = problem.linearise(here)
-            start = solver.prepare(linear, damping or None)
+            start = solver.prepare(linear, damping or None, ending=here.loss < problem.floor)
             if not start.finite:
                 break
             damping = damping or self.damping * start.scale

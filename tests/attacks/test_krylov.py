@@ -65,9 +65,9 @@ def test_conjugate_gradients_solve(condition: float) -> None:
 
 
 def test_right_side_of_zero_and_a_matrix_that_overflows() -> None:
-    zero = conjugate_gradients(lambda v: v, torch.zeros(3), lambda v: v, 5)
+    zero = conjugate_gradients(lambda v: v, torch.zeros(3), lambda v: v, 5, 1e-3)
     assert (zero.converged, zero.vector.tolist()) == (True, [0.0, 0.0, 0.0])
-    broken = conjugate_gradients(lambda v: v * float("nan"), torch.ones(3), lambda v: v, 5)
+    broken = conjugate_gradients(lambda v: v * float("nan"), torch.ones(3), lambda v: v, 5, 1e-3)
     assert (broken.converged, broken.vector.tolist()) == (False, [0.0, 0.0, 0.0])
 
 
@@ -114,11 +114,11 @@ def test_pairs_of_a_solve_spare_the_next_one_iterations_and_keep_the_inverse_sym
     matrix = torch.diag(torch.logspace(0, 4, 60, dtype=torch.float64))
     eye = torch.eye(60)
     plain = Preconditioner(eye, eye, 1.0, 1.0)
-    first = conjugate_gradients(lambda v: matrix @ v, draw(60), plain, 200)
+    first = conjugate_gradients(lambda v: matrix @ v, draw(60), plain, 200, 3e-3)
     assert KEPT_PAIRS <= len(first.pairs) < 2 * KEPT_PAIRS
     better = replace(plain, pairs=first.pairs)
     right = draw(60, name="next")
-    one, two = (conjugate_gradients(lambda v: matrix @ v, right, p, 200) for p in (plain, better))
+    one, two = (conjugate_gradients(lambda v: matrix @ v, right, p, 200, 3e-3) for p in (plain, better))
     assert two.iterations < 0.8 * one.iterations
     inverse = torch.stack([better(row) for row in torch.eye(60, dtype=torch.float64)])
     assert torch.allclose(inverse, inverse.T, rtol=1e-4, atol=1e-6)
