@@ -10,7 +10,7 @@ section 2).  The products are in the precision of the problem, so a factor in fl
 iterations, never accuracy.  It is made anew, as dear as hundreds of iterations, when they grow many.
 
 Where there are fewer equations than unknowns and no prior, J J^T + damping is solved instead, and
-the step is J^T of the answer.
+the step is J^T of the answer; there the factor is made at every point.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from leakaudit.attacks.jacobian import Products, System
 
 TOLERANCE = 3e-3
 """Of the residual of a solve against its start, in the norm of the preconditioner."""
+WIDE_TOLERANCE = 1e-9
+"""The same with J J^T."""
 LEAST_DAMPING = 1e-6
 """Of the mean squared column norm, in a float32 factor: what rounding leaves positive definite."""
 KEPT_PAIRS = 20
@@ -238,20 +240,30 @@ class Solver:
         rows = UNKNOWNS_A_SOLVE.get(gram.device.type, UNKNOWNS_ELSEWHERE)
         return max(FEWEST, int(len(gram) / rows))
 
-    def prepare(self, linear: Linear, damping: float | None = None, ending: bool = False) -> Preconditioner:
+    def prepare(
+        self, linear: Linear, damping: float | None = None, *, near: bool = False, ending: bool = False
+    ) -> Preconditioner:
         """The preconditioner, made at `linear` when there is none or the last solve found it stale.
 
         Args:
+            near: the solution is near, where J J^T, which is close to singular, wants float64.
             ending: the last steps follow, for which a stale one is cheaper than a new one.
         """
-        if self.preconditioner is None or (self._last > self.limit // 2 and not ending):
+        stale = self._last > self.limit // 2 and not ending if self.preconditioner is not None else True
+        if linear.wide and near and self._exact is not None:
+            self._system = self._exact
+        if stale or (linear.wide and self._made_at is not linear):
             self._make(linear, damping)
         assert self.preconditioner is not None
         return self.preconditioner
 
     def step(self, linear: Linear, damping: float) -> tuple[Tensor, float]:
         """The damped step (n,), to `TOLERANCE`, and the fall of the objective that the linear model predicts."""
-        right = -linear.residual if linear.wide else -linear.gradient()
+        step = self._wide_step(linear, damping) if linear.wide else self._tall_step(linear, damping)
+        return step, linear.fall(step)
+
+    def _tall_step(self, linear: Linear, damping: float) -> Tensor:
+        right = -linear.gradient()
         solution = self._solve(linear, right, damping)
         if not solution.converged and self._made_at is not linear:
             self._make(linear, damping)
@@ -260,8 +272,19 @@ class Solver:
             self._system = self._exact
             self._make(linear, damping)
             solution = self._solve(linear, right, damping)
-        step = linear.products.transposed(solution.vector) if linear.wide else solution.vector
-        return step, linear.fall(step)
+        return solution.vector
+
+    def _wide_step(self, linear: Linear, damping: float) -> Tensor:
+        """With a new factor and its damping each time: of r, the part that no step can change dominates an
+        inexact solution, whatever its step is worth."""
+        if self._made_at is not linear:
+            self._make(linear, damping)
+        assert self.preconditioner is not None
+        if self.preconditioner.damping != damping:
+            self.preconditioner = self.preconditioner.damped(damping)
+        damping = self.preconditioner.damping
+        vector = self._solve(linear, -linear.residual, damping, tolerance=WIDE_TOLERANCE).vector
+        return linear.products.transposed(vector)
 
     def deficient(self, linear: Linear, generator: torch.Generator) -> bool:
         """Whether some direction leaves all equations unchanged, to a share of 1e-6 of the largest.
@@ -282,7 +305,14 @@ class Solver:
                 return True
         return False
 
-    def _solve(self, linear: Linear, right: Tensor, damping: float, patience: int = 1) -> Solution:
+    def _solve(
+        self,
+        linear: Linear,
+        right: Tensor,
+        damping: float,
+        patience: int = 1,
+        tolerance: float = TOLERANCE,
+    ) -> Solution:
         assert self.preconditioner is not None
         if not self.preconditioner.serves(damping):
             self.preconditioner = self.preconditioner.damped(damping)
@@ -291,9 +321,9 @@ class Solver:
             right,
             self.preconditioner,
             patience * self.limit,
-            TOLERANCE,
+            tolerance,
         )
-        if len(solution.pairs) > KEPT_PAIRS // 2:
+        if len(solution.pairs) > KEPT_PAIRS // 2 and not linear.wide:
             self.preconditioner = replace(self.preconditioner, pairs=solution.pairs)
         self._last = solution.iterations
         self._work.products += solution.iterations

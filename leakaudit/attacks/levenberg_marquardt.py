@@ -37,6 +37,7 @@ from leakaudit.threat import View
 
 TRIES = 8
 CONVERGED = 1e-11
+COARSE = 1e-6
 UNBOXED = 1e-4
 PRIOR_WEIGHT = 1e-8
 NEGLIGIBLE = 0.01
@@ -200,7 +201,8 @@ class LevenbergMarquardt:
             if monitor.step(here.loss, *problem.system.split(here.point)):
                 return End(monitor.stopped, here, solver)
             linear = problem.linearise(here)
-            start = solver.prepare(linear, damping or None, ending=here.loss < problem.floor)
+            near, ending = here.loss < COARSE, here.loss < problem.floor
+            start = solver.prepare(linear, damping or None, near=near, ending=ending)
             if not start.finite:
                 break
             damping = damping or self.damping * start.scale
