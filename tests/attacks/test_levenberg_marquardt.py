@@ -222,6 +222,33 @@ def test_applies_reasons_with_figures() -> None:
     assert "GB" in reason
 
 
+def test_eight_photos_behind_the_lenet_fit_where_only_the_small_gram_matrix_is_held() -> None:
+    """15,180 equations in 24,576 unknowns: 12 m^2 bytes; under noise the prior needs J^T J."""
+    shape, round = (3, 32, 32), Round(8)
+    victim = Victim.of(LeNet(100, shape), Pixels(shape, (0.5,) * 3, (0.25,) * 3), 100)
+    x, y = victim.space.encode(torch.rand(8, *shape)), torch.arange(8)
+    observed = client_update(victim, victim.params, round, x, y).detach()
+    view = View(victim, round, observed, Knowledge(**told(y)))
+    assert ATTACK.applies(view) is None
+    reason = replace(ATTACK, memory_gb=2.7).applies(view)
+    assert reason is not None
+    assert "15,180 equations in 24,576 unknowns takes 2.8 GB" in reason
+    noisy = replace(view, knowledge=Knowledge(noise_std=known(0.1, "test"), **told(y)))
+    assert "GB" in str(ATTACK.applies(noisy))
+    assert replace(ATTACK, memory_gb=20).applies(noisy) is None
+
+
+def test_without_products_the_jacobian_itself_serves() -> None:
+    """A client whose update has one derivative only by reverse mode still has all by forward mode."""
+    view, x, y = capture(Round(1))
+    problem = ATTACK._problem(view.to(dtype=torch.float64), y, fork(0, "attack"))
+    assert problem.graph
+    start = problem.system.point(x.double() + 0.1)
+    ends = [ATTACK._descend(p, start, Monitor()) for p in (problem, replace(problem, graph=False))]
+    assert [end.stopped for end in ends] == ["converged", "converged"]
+    assert torch.allclose(ends[0].here.point, ends[1].here.point, atol=1e-5)
+
+
 @pytest.mark.parametrize("change", ["iterations=0", "damping=-1", "memory_gb=0", "smoothness=-0.1"])
 def test_bad_options_are_input_errors(change: str) -> None:
     with pytest.raises(InputError, match=change.partition("=")[0]):
