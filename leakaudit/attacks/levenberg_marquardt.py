@@ -1,19 +1,22 @@
 """Gradient inversion as nonlinear least squares.
 
 The residual of the matching equations is driven to zero by damped Gauss-Newton
-steps on the explicit Jacobian (Levenberg 1944, Marquardt 1963), the damping set by
-the gain ratio (Nielsen 1999, equation 2.21).  Where the Jacobian has full rank this
-converges to machine precision.  First-order attacks on the same objective (Zhu
-et al. 2019) stop orders of magnitude above.
+steps (Levenberg 1944, Marquardt 1963), the damping set by the gain ratio (Nielsen 1999,
+equation 2.21).  Where the Jacobian has full rank this converges to machine precision.
+First-order attacks on the same objective (Zhu et al. 2019) stop orders of magnitude above.
 
-Deviations from Nielsen: damping may fall by 10 instead of 3 a step, and candidates are
-projected into the pixel box after each step far from the solution.
+Steps are found by preconditioned conjugate gradients (`leakaudit.attacks.krylov`): an
+explicit Jacobian, in float32, is formed two or three times an attack.
+
+Deviations from Nielsen: damping may fall by 10 instead of 3 a step, steps are inexact (Dembo,
+Eisenstat and Steihaug 1982), and candidates are projected into the pixel box after each step far
+from the solution.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,10 +26,12 @@ from torch import Tensor
 from leakaudit.attacks.base import Monitor, Reconstruction, Stop, require_positive
 from leakaudit.attacks.disturbance import errors_of
 from leakaudit.attacks.gradient_matching import assumed_labels
-from leakaudit.attacks.jacobian import Spectrum, System, plan
+from leakaudit.attacks.jacobian import Columns, Spectrum, System, gram_gigabytes, plan
+from leakaudit.attacks.krylov import Linear, Solver, Work
 from leakaudit.attacks.labels import infer_labels
 from leakaudit.attacks.matching import cosine, total_variation
 from leakaudit.attacks.optimise import Candidate, adam
+from leakaudit.randomness import fork
 from leakaudit.rounds import client_update
 from leakaudit.threat import View
 
@@ -38,7 +43,7 @@ PRIOR_WEIGHT = 1e-8
 NEGLIGIBLE = 0.01
 ANNEALING = (30.0, 10.0, 3.0)
 """How much larger the noise is taken to be, step by step, before its real size."""
-ANNEALING_STEPS = 3
+ANNEALING_STEPS = 6
 STALLED_AFTER = 5
 MEASURE_EVERY = 10
 
@@ -48,7 +53,7 @@ class LevenbergMarquardt:
     """Damped Gauss-Newton on g(x) = g*.
 
     Attributes:
-        iterations: Jacobians at most in one descent; there is a second descent after a warm start.
+        iterations: steps at most in one descent; there is a second descent after a warm start.
         damping: first damping, as a share of the mean squared column norm of the Jacobian.
         equations: how many equations to keep, as a multiple of the unknowns.
         warm_start: steps of cosine matching by Adam, run when the direct way stalls; 0 for never.
@@ -58,14 +63,16 @@ class LevenbergMarquardt:
             the Jacobian is rank deficient.  0 for no prior.
         box: keep pixels in [0, 1] after every step, until the relative residual is below 1 % (from
             there the equations alone decide, and projection would only slow them down).
-        memory_gb: largest Jacobian (with its Gram matrix) to form.
+        memory_gb: for the Gram matrix of a preconditioner in float32, its factor, and the Jacobian where
+            that has to be held; one in float64, for systems where float32 does not lead to convergence, is
+            made only where it fits as well.
         spectrum: compute rank, conditioning and the Cramer-Rao figure here too, of all equations where
             the noise is known, else for noise of 1 %.  An audit's verification reports the three for
             the best candidate at its own floor, from a Jacobian as dear as this one.
         restarts: random starts.
     """
 
-    iterations: int = 60
+    iterations: int = 100
     damping: float = 1e-3
     equations: float = 4.0
     warm_start: int = 1500
@@ -82,14 +89,14 @@ class LevenbergMarquardt:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 
     def applies(self, view: View) -> str | None:
-        """None, or why not: the Jacobian would be too large."""
-        unknowns = view.unknowns
+        """None, or why not: the preconditioner would be too large."""
         planned = plan(view, self._limit(view))
-        rows, size = planned.equations, planned.gigabytes(unknowns)
+        unknowns = self._unknowns(view)
+        size = planned.gram_gigabytes(unknowns, torch.float32, self._has_prior(view))
         if size > self.memory_gb:
             return (
-                f"a Jacobian of {rows:,} equations in {unknowns:,} unknowns takes {size:.1f} GB in float64, "
-                f"more than memory_gb={self.memory_gb:g}"
+                f"a Jacobian of {planned.equations:,} equations in {unknowns:,} unknowns takes {size:.1f} GB "
+                f"with its Gram matrix in float32, more than memory_gb={self.memory_gb:g}"
             )
         return None
 
@@ -118,6 +125,7 @@ class LevenbergMarquardt:
             found = replace(found, x=x, y=y, loss=smoothed.loss)
         details: dict[str, Any] = {"labels": source, "warm_start": warm, "smoothed": smoothed is not None}
         details |= {"equations": len(problem.system.target), "unknowns": problem.system.unknowns}
+        details |= {"jacobians": problem.work.jacobians, "products": problem.work.products}
         if self.spectrum and end.stopped == "converged":
             details |= _spectrum(problem, found.x, labels)
         return replace(found, details=details)
@@ -128,8 +136,11 @@ class LevenbergMarquardt:
         First the prior decides what the equations leave open (and bends the rest a little), then
         steps of least length bring the equations back to the residual they had.
         """
-        deficient = end.stopped == "converged" and end.normal is not None and end.normal.deficient
-        if not deficient or not self.smoothness or problem.noisy:
+        if not self.smoothness or problem.noisy or end.stopped != "converged":
+            return None
+        if not problem.fits(prior=True) or not end.solver.deficient(
+            problem.linearise(end.here), fork(0, "null")
+        ):
             return None
         prior = PRIOR_WEIGHT * smoothness_matrix(problem.system, self.smoothness)
         smooth = self._descend(replace(problem, prior=prior), end.here.point, monitor)
@@ -140,6 +151,15 @@ class LevenbergMarquardt:
         """Equations to keep; all of them under noise, where each one counts."""
         return view.observed.numel() if errors_of(view) else int(self.equations * view.unknowns)
 
+    def _has_prior(self, view: View) -> bool:
+        """Whether a prior takes part from the start."""
+        return bool(errors_of(view)) and self.smoothness > 0
+
+    def _unknowns(self, view: View) -> int:
+        """Pixels, and label logits where labels may have to be found jointly."""
+        joint = view.knowledge.labels.value is None and view.round.num_examples > 1
+        return view.unknowns + (view.round.num_examples * view.victim.num_classes if joint else 0)
+
     def _problem(self, view: View, labels: Tensor | None, generator: torch.Generator) -> Problem:
         weights = {name: 1 / error for name, error in errors_of(view).items()}
         system = System.of(view, labels, generator, self._limit(view), weights or None)
@@ -147,6 +167,8 @@ class LevenbergMarquardt:
         return Problem(
             system,
             system.to(torch.float32),
+            system.has_graph(fork(0, "graph", view.victim.device)),
+            self.memory_gb,
             None if prior is None else prior / system.unit**2,
             bool(weights),
             view.victim.space.project if self.box else None,
@@ -172,20 +194,20 @@ class LevenbergMarquardt:
     ) -> End:
         """Damped Gauss-Newton steps until they gain nothing, `iterations` at most; how it ended."""
         iterations = min(self.iterations, iterations or self.iterations)
-        here = problem.at(point)
-        normal: Normal | None = None
+        here, solver = problem.at(point), problem.solver(self.damping)
         damping, growth, idle = 0.0, 2.0, 0
         monitor.start(iterations)
         for _ in range(iterations):
             if monitor.step(here.loss, *problem.system.split(here.point)):
-                return End(monitor.stopped, here, normal)
-            normal = problem.linearise(here)
-            if not normal.finite:
+                return End(monitor.stopped, here, solver)
+            linear = problem.linearise(here)
+            near, ending = here.loss < COARSE, here.loss < problem.floor
+            start = solver.prepare(linear, damping or None, near=near, ending=ending)
+            if not start.finite:
                 break
-            damping = damping or self.damping * normal.scale
+            damping = damping or self.damping * start.scale
             for _ in range(TRIES):
-                factor, damping = normal.factor(damping)
-                trial, predicted = problem.step(here, normal, factor, damping)
+                trial, predicted = problem.step(here, linear, solver, damping)
                 if trial.loss < here.loss:
                     break
                 damping, growth = damping * growth, growth * 2
@@ -193,14 +215,13 @@ class LevenbergMarquardt:
                 break
             gain = (here.loss - trial.loss) / predicted
             damping, growth = damping * max(0.1, 1 - (2 * gain - 1) ** 3), 2.0
-            trial = problem.chords(trial, normal, factor, damping)
             idle = idle + 1 if trial.loss > (1 - NEGLIGIBLE) * here.loss else 0
             floor = here.loss < problem.floor and trial.loss > problem.enough * here.loss
             here = trial
             if floor or idle >= STALLED_AFTER or here.loss == 0:
                 break
         monitor.step(here.loss, *problem.system.split(here.point))
-        return End("converged" if here.loss < problem.floor else "plateau", here, normal)
+        return End("converged" if here.loss < problem.floor else "plateau", here, solver)
 
 
 # ------------------------------------------------------------------ the problem and one step
@@ -217,11 +238,11 @@ class Iterate:
 
 @dataclass(frozen=True)
 class End:
-    """How and where a descent ended, with its last normal equations (None before the first step)."""
+    """How and where a descent ended, and what solved for its steps."""
 
     stopped: Stop
     here: Iterate
-    normal: Normal | None
+    solver: Solver
 
 
 @dataclass(frozen=True)
@@ -229,17 +250,23 @@ class Problem:
     """minimise |p(u) - t|^2 + u^T P u, u in the box.
 
     Attributes:
-        coarse: the same system in float32, for Jacobians far from the solution.
+        coarse: the same system in float32, for preconditioners.
+        graph: whether products with the Jacobian need no matrix.
+        memory_gb: for preconditioners.
         prior: P for one example, (D, D), or None.
         noisy: errors are known and the equations are divided by their standard deviation.
         project: model inputs -> the nearest in the box, or None.
+        work: counts what the attack's solves cost.
     """
 
     system: System
     coarse: System
+    graph: bool
+    memory_gb: float
     prior: Tensor | None
     noisy: bool
     project: Callable[[Tensor], Tensor] | None
+    work: Work = field(default_factory=Work)
 
     @property
     def scale(self) -> float:
@@ -275,104 +302,29 @@ class Problem:
             value = value + ((point @ self.prior) * point).sum()
         return Iterate(point, float(value) / self.scale, residual)
 
-    def linearise(self, here: Iterate) -> Normal:
-        """The normal equations; in float32 while the relative residual is above 1e-3."""
-        system = self.coarse if here.loss > COARSE else self.system
-        columns = system.jacobian(here.point.to(system.target.dtype))
-        return Normal.of(columns, None if self.prior is None else _repeated(self.prior, len(here.point)))
+    def linearise(self, here: Iterate) -> Linear:
+        """The linear model at `here`."""
+        system = self.system
+        products = system.linearise(here.point) if self.graph else Columns(system.jacobian(here.point))
+        return Linear(here.point, products, here.residual, self.prior)
 
-    def step(self, here: Iterate, normal: Normal, factor: Tensor, damping: float) -> tuple[Iterate, float]:
+    def solver(self, damping: float) -> Solver:
+        """For the steps of one descent, the first of which has this share of `Preconditioner.scale` as damping."""
+        exact = self._size(torch.float64, self.prior is not None) <= self.memory_gb
+        return Solver(self.coarse, self.system if exact else None, damping, self.work)
+
+    def fits(self, prior: bool) -> bool:
+        """Whether a preconditioner in float32 fits into memory, with a prior or without."""
+        return self._size(torch.float32, prior) <= self.memory_gb
+
+    def _size(self, dtype: torch.dtype, prior: bool) -> float:
+        return gram_gigabytes(self.system.unknowns, len(self.system.target), dtype, prior)
+
+    def step(self, here: Iterate, linear: Linear, solver: Solver, damping: float) -> tuple[Iterate, float]:
         """Where the step leads, and the fall of the objective that the linear model predicts."""
-        pull = None if self.prior is None else (here.point @ self.prior).reshape(-1)
-        step, gradient = normal.step(factor, here.residual, pull)
-        predicted = float(damping * step.square().sum() - gradient @ step) / self.scale
+        step, fall = solver.step(linear, damping)
         boxed = here.loss > UNBOXED or self.noisy
-        return self.at(here.point + step.view(here.point.shape), boxed), predicted
-
-    def chords(self, here: Iterate, normal: Normal, factor: Tensor, damping: float) -> Iterate:
-        """More steps with the same Jacobian, which cost next to nothing, while each halves the objective."""
-        while here.loss > 0:
-            trial, _ = self.step(here, normal, factor, damping)
-            if not trial.loss < here.loss:
-                return here
-            here, previous = trial, here
-            if here.loss > previous.loss / 2:
-                return here
-        return here
-
-
-@dataclass(frozen=True)
-class Normal:
-    """(J^T J + prior + damping) step = -gradient, in the smaller of the two dimensions.
-
-    Attributes:
-        columns: J, (m, n), as computed, float32 or float64.
-        gram: lower triangle of J^T J, (n, n), plus the prior's curvature; or of J J^T, (m, m), when
-            there are fewer equations than unknowns and no prior; float64.
-    """
-
-    columns: Tensor
-    gram: Tensor
-
-    @classmethod
-    def of(cls, columns: Tensor, prior: Tensor | None) -> Normal:
-        if prior is None and columns.shape[0] < columns.shape[1]:
-            return cls(columns, lower_gram(columns))
-        gram = lower_gram(columns.T)
-        return cls(columns, gram if prior is None else gram + prior)
-
-    @property
-    def scale(self) -> float:
-        """Mean squared column norm."""
-        return float(self.gram.diagonal().sum()) / self.columns.shape[1]
-
-    @property
-    def finite(self) -> bool:
-        """False when the Jacobian overflowed, as that of a steep activation can."""
-        return bool(self.gram.diagonal().isfinite().all())
-
-    @property
-    def deficient(self) -> bool:
-        """Whether some direction leaves all equations unchanged, to a share of 1e-6 of the largest."""
-        if len(self.gram) < self.columns.shape[1]:
-            return True
-        factor, failed = torch.linalg.cholesky_ex(self.gram)
-        pivots = factor.diagonal()
-        return bool(failed) or float(pivots.min()) < 1e-6 * float(pivots.max())
-
-    def factor(self, damping: float) -> tuple[Tensor, float]:
-        """The Cholesky factor, and the damping with which it exists (raised where needed)."""
-        while True:
-            matrix = self.gram.clone()
-            matrix.diagonal().add_(damping)
-            factor, failed = torch.linalg.cholesky_ex(matrix)
-            if not failed:
-                return factor, damping
-            damping = max(10 * damping, self.scale * torch.finfo(self.columns.dtype).eps)
-
-    def step(self, factor: Tensor, residual: Tensor, pull: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The damped step (n,) and the objective's half gradient J^T r + pull, (n,)."""
-        gradient = self._transposed(residual)
-        if len(self.gram) < len(gradient):
-            return -self._transposed(torch.cholesky_solve(residual[:, None], factor)[:, 0]), gradient
-        if pull is not None:
-            gradient = gradient + pull
-        return -torch.cholesky_solve(gradient[:, None], factor)[:, 0], gradient
-
-    def _transposed(self, vector: Tensor) -> Tensor:
-        return (self.columns.T @ vector.to(self.columns.dtype)).to(vector.dtype)
-
-
-def lower_gram(rows: Tensor, blocks: int = 6) -> Tensor:
-    """The lower triangle of rows @ rows.T in float64, (n, n); blocks above the diagonal are left zero."""
-    gram = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
-    parts = rows.chunk(blocks)
-    start = 0
-    for part in parts:
-        stop = start + len(part)
-        gram[start:stop, :stop] = part @ rows[:stop].T
-        start = stop
-    return gram
+        return self.at(here.point + step.view(here.point.shape), boxed), fall / self.scale
 
 
 # ------------------------------------------------------------------ labels, prior, warm start, figures
@@ -410,11 +362,6 @@ def smoothness_matrix(system: System, deviation: float) -> Tensor:
     pixels = torch.kron(torch.diag(scale.square()), plane)
     extra = system.width - len(pixels)
     return F.pad(pixels, (0, extra, 0, extra))
-
-
-def _repeated(block: Tensor, count: int) -> Tensor:
-    """`block` `count` times along the diagonal."""
-    return torch.kron(torch.eye(count, dtype=block.dtype, device=block.device), block)
 
 
 class _Relay(Monitor):

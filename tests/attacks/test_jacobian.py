@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.func import jacrev
 
-from leakaudit.attacks.jacobian import Buckets, LowRank, Spectrum, System, compression, forward_jacobian, plan
+from leakaudit.attacks.jacobian import (
+    Buckets,
+    Graph,
+    LowRank,
+    Spectrum,
+    System,
+    add_lower_gram,
+    compression,
+    forward_columns,
+    lower_gram,
+    plan,
+)
 from leakaudit.models.spaces import Pixels
 from leakaudit.models.victim import Victim
 from leakaudit.randomness import fork
@@ -127,11 +140,79 @@ def test_chunks_do_not_matter() -> None:
     def function(u: Tensor) -> Tensor:
         return (matrix @ u).tanh()
 
-    whole = forward_jacobian(function, point, 11)
-    assert torch.allclose(whole, jacrev(function)(point))
+    (whole,) = forward_columns(function, point, 11)
+    assert torch.allclose(whole.T, jacrev(function)(point))
     for chunk in (1, 4, 10, 100):
-        assert torch.equal(forward_jacobian(function, point, chunk), whole)
-    assert torch.equal(forward_jacobian(function, point, 4, chunks=1), whole[:, :4])
+        parts = list(forward_columns(function, point, chunk))
+        assert torch.equal(torch.cat(parts), whole)
+        assert {len(part) for part in parts[:-1]} <= {chunk}
+
+
+@pytest.mark.parametrize("round", [*ROUNDS.values()], ids=list(ROUNDS))
+@pytest.mark.parametrize("scale_free", [False, True])
+@pytest.mark.parametrize("told", [False, True])
+def test_products_and_gram_matrices_equal_those_of_the_jacobian(
+    round: Round, scale_free: bool, told: bool
+) -> None:
+    """By double backward as by forward mode; J J^T in blocks as from the whole."""
+    view, x, y = view_of(round)
+    if scale_free:
+        view = replace(view, knowledge=Knowledge(scale=known(False, "test")))
+    generator = fork(0, "vectors")
+    system = System.of(view, y if told else None, fork(0, "system"))
+    logits = None if told else torch.randn(len(x), 7, generator=generator, dtype=torch.float64)
+    point = system.point(x, logits)
+    jacobian = system.jacobian(point)
+    products = system.linearise(point)
+    assert system.has_graph(fork(0, "graph"))
+    ahead = torch.randn(jacobian.shape[1], generator=generator, dtype=torch.float64)
+    back = torch.randn(jacobian.shape[0], generator=generator, dtype=torch.float64)
+    assert torch.allclose(products.forward(ahead), jacobian @ ahead, rtol=1e-9, atol=1e-11)
+    assert torch.allclose(products.transposed(back), jacobian.T @ back, rtol=1e-9, atol=1e-11)
+    assert torch.allclose(system.gram(point).tril(), (jacobian.T @ jacobian).tril(), rtol=1e-9, atol=1e-11)
+    outer = system.outer_gram(point)
+    assert torch.allclose(outer.tril(), (jacobian @ jacobian.T).tril(), rtol=1e-9, atol=1e-11)
+
+
+def test_graph_of_a_function_with_its_jacobian_in_closed_form() -> None:
+    matrix = torch.randn(5, 6, generator=fork(0, "matrix"), dtype=torch.float64)
+    point = torch.randn(2, 3, generator=fork(0, "point"), dtype=torch.float64)
+    graph = Graph.of(lambda u: (matrix @ u.reshape(-1)).sin(), point)
+    expected = (matrix @ point.reshape(-1)).cos()[:, None] * matrix
+    for index in range(6):
+        assert torch.allclose(graph.forward(torch.eye(6, dtype=torch.float64)[index]), expected[:, index])
+    for index in range(5):
+        assert torch.allclose(graph.transposed(torch.eye(5, dtype=torch.float64)[index]), expected[index])
+
+
+def test_update_that_has_only_one_derivative_has_no_graph() -> None:
+    """As behind a client with its own backward pass; the attack then forms the Jacobian."""
+
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return 2 * x
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            return 2 * gradient
+
+    view, _, y = view_of(Round(1))
+    system = System.of(view, y, fork(0, "system"))
+    assert system.has_graph(fork(0, "graph"))
+    broken = replace(view, client=lambda *a: client_update(*a).map(Once.apply))
+    assert not System.has_graph(replace(system, view=broken, fast=None), fork(0, "graph"))
+
+
+def test_lower_gram_is_added_up_from_blocks() -> None:
+    rows = torch.randn(17, 40, generator=fork(0, "rows"), dtype=torch.float64)
+    expected = (rows @ rows.T).tril()
+    assert torch.allclose(lower_gram(rows).tril(), expected, rtol=1e-12)
+    total = torch.zeros(17, 17, dtype=torch.float64)
+    for part in rows.split(9, dim=1):
+        add_lower_gram(total, part)
+    assert torch.allclose(total.tril(), expected, rtol=1e-12)
 
 
 def test_low_rank_loses_nothing_of_the_tangent_space() -> None:
