@@ -280,11 +280,12 @@ class Race:
         one after the other, and the compiler's `step` says so.
         """
         x = field.x
-        reason = unbatchable(loss, field) if len(x) > 1 else None
+        width = width_of(self.size, x.device)
+        reason = unbatchable(loss, field) if min(len(x), width) > 1 else None
         together = Together(
             iteration(of_each(loss, field.free), self.rule, field.free),
             iteration(_alone(loss, field.free), self.rule, field.free),
-            1 if reason else width_of(self.size, x.device),
+            1 if reason else width,
             {},
         )
         plan = rungs(len(x), self.iterations, self.survivors)

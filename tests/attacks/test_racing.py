@@ -264,3 +264,14 @@ def test_weights_tried_at_once_are_those_tried_one_after_another() -> None:
         expected[str(tv)] = float(cosine(view.simulate(best.x, best.y).detach(), view.observed))
     assert found["cosine distance by tv"] == pytest.approx(expected, rel=1e-2)
     assert str(found["tv"]) == min(expected, key=lambda tv: expected[tv])
+
+
+@pytest.mark.slow
+def test_a_compiled_race_is_the_eager_one() -> None:
+    view, x, y = world(), start(2), labels(1, False)
+    loss, compiler = Matching(view, "cosine"), Compiler("always")
+    eager = race(view).run(Field.starting(x, y), loss, Monitor())
+    compiled = race(view).run(Field.starting(x, y), loss, Monitor(compiler=compiler))
+    assert compiler.step == "compiled"
+    assert compiled.numbers.tolist() == eager.numbers.tolist()
+    torch.testing.assert_close(compiled.x, eager.x, rtol=1e-2, atol=2e-3)
