@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from leakaudit.attacks.adam import Rule, State, Watch, iteration, rates, schedule
 from leakaudit.attacks.base import Monitor
-from leakaudit.attacks.compiling import AGREEMENT, Compiler, Function
-from leakaudit.attacks.optimise import LEAST, of_each, value_and_gradient, value_and_gradients
+from leakaudit.attacks.compiling import AGREEMENT, Function
+from leakaudit.attacks.optimise import Candidate, of_each, value_and_gradient, value_and_gradients
 from leakaudit.formats.phrases import first_line
 from leakaudit.threat import View
 
@@ -31,6 +31,8 @@ MEMORY = {"cpu": 2**28, "cuda": 2**34}
 Constants, because a look at what is free would let two runs of one seed differ in their roundings.  A CPU gains from
 a batch only as long as launches cost more than arithmetic (docs/performance/restarts.md).
 """
+LEAST = {"cpu": 4, "cuda": 2}
+"""Candidates from which a batch is faster than one after another, as measured there."""
 HELD = 6
 """Copies of activations and gradients that a double backward pass holds at its peak."""
 
@@ -89,7 +91,7 @@ class Field:
         """From x (R, N, C, H, W), with labels y (N,) that stay or probabilities (N, K) to begin with."""
         every = y.expand(len(x), *y.shape).contiguous()
         free = y.is_floating_point()
-        state = State.starting(x, every.clamp_min(LEAST).log()) if free else State.starting(x)
+        state = State.starting(*Candidate.starting(x, every).variables)
         return cls(
             torch.arange(len(x), device=x.device),
             state,
@@ -143,9 +145,10 @@ class Field:
 # ------------------------------------------------------------------ moving them
 
 
-def pieces(count: int, width: int) -> list[int]:
-    """`count` as so many times `width`, and what is left."""
-    return [width] * (count // width) + ([count % width] if count % width else [])
+def pieces(count: int, width: int, least: int = 1) -> list[int]:
+    """`count` as so many times `width`, and what is left, as ones where that is less than `least`."""
+    rest = count % width
+    return [width] * (count // width) + ([1] * rest if rest < least else [rest])
 
 
 @dataclass(frozen=True)
@@ -156,49 +159,60 @@ class Together:
         batched: as `iteration` makes it of `of_each`.
         single: the same of one candidate, without a dimension for several; faster for one.
         width: candidates of one batch at most.
+        least: and at least; fewer move one after another.
         prepared: compiled ones by width.
     """
 
     batched: Function
     single: Function
     width: int
-    prepared: dict[int, Function]
-
-    def of_width(self, width: int) -> Function:
-        """One function for all widths, as `batched`."""
-        return (
-            _lifted(self.prepared.get(1, self.single))
-            if width == 1
-            else self.prepared.get(width, self.batched)
-        )
+    least: int = 1
+    prepared: Mapping[int, Function] = field(default_factory=dict)
 
     def __call__(self, row: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         """(row, *given, *state), each but the row (R, ...) -> (losses, *gradients, *state)."""
-        widths = pieces(len(tensors[0]), self.width)
+        widths = pieces(len(tensors[0]), self.width, self.least)
         parts = zip(*(torch.split(tensor, widths) for tensor in tensors), strict=True)
-        outputs = [self.of_width(width)(row, *part) for width, part in zip(widths, parts, strict=True)]
+        outputs = [self._of(width)(row, *part) for width, part in zip(widths, parts, strict=True)]
         return outputs[0] if len(outputs) == 1 else tuple(map(torch.cat, zip(*outputs, strict=True)))
 
-    def prepare(
-        self, compiler: Compiler, plan: Sequence[Rung], row: Tensor, field: Field, seconds_left: float | None
-    ) -> None:
-        """Compile the widths that will come up often enough."""
+    def _of(self, width: int) -> Function:
+        """One function for all widths, as `batched`."""
+        function = self.prepared.get(width, self.batched if width > 1 else self.single)
+        return function if width > 1 else _lifted(function)
+
+    def prepare(self, plan: Sequence[Rung], row: Tensor, racers: Field, monitor: Monitor) -> Together:
+        """The same, compiled where that pays.
+
+        On a CPU, candidates one after another when those are: a compiled step of one is as fast as each of an eager
+        batch, and serves every rung.  Elsewhere, every width that comes up often enough.
+        """
+        if row.device.type == "cpu":
+            steps = sum(rung.candidates * rung.iterations for rung in plan)
+            quick = self._compiled(1, steps, row, racers, monitor)
+            return self if quick is self.single else replace(self, width=1, prepared={1: quick})
         evaluations: Counter[int] = Counter()
         for rung in plan:
-            for width in pieces(rung.candidates, self.width):
+            for width in pieces(rung.candidates, self.width, self.least):
                 evaluations[width] += rung.iterations
-        tensors, compared = (*field.given, *field.state.tensors), 1 + len(field.state.variables)
-        for width, count in sorted(evaluations.items(), reverse=True):
-            several = (
-                [tensor[:width] for tensor in tensors] if width > 1 else [tensor[0] for tensor in tensors]
-            )
-            self.prepared[width] = compiler.prepare(
-                self.batched if width > 1 else self.single,
-                (row, *(tensor.clone() for tensor in several)),
-                count,
-                seconds_left,
-                compared=compared,
-            )
+        widest_first = sorted(evaluations.items(), reverse=True)
+        prepared = {
+            width: self._compiled(width, count, row, racers, monitor) for width, count in widest_first
+        }
+        return replace(self, prepared=prepared)
+
+    def _compiled(
+        self, width: int, evaluations: int, row: Tensor, racers: Field, monitor: Monitor
+    ) -> Function:
+        tensors = (*racers.given, *racers.state.tensors)
+        several = [tensor[:width] if width > 1 else tensor[0] for tensor in tensors]
+        return monitor.compiler.prepare(
+            self.batched if width > 1 else self.single,
+            (row, *(tensor.clone() for tensor in several)),
+            evaluations,
+            monitor.seconds_left,
+            compared=1 + len(racers.state.variables),
+        )
 
 
 def _lifted(single: Function) -> Function:
@@ -210,19 +224,19 @@ def _lifted(single: Function) -> Function:
     return function
 
 
-def unbatchable(loss: Loss, field: Field) -> str | None:
+def unbatchable(loss: Loss, racers: Field) -> str | None:
     """Why candidates cannot be evaluated as one batch, or None: the first two are, and the first is compared.
 
     Not every operation has a rule for `torch.vmap`.
     """
-    together, alone = of_each(loss, field.free), _alone(loss, field.free)
-    arguments = [tensor[:2] for tensor in (*field.state.variables, *field.given)]
+    together, alone = of_each(loss, racers.free), _alone(loss, racers.free)
+    arguments = [tensor[:2] for tensor in (*racers.state.variables, *racers.given)]
     try:
         found = together(*arguments)
     except (RuntimeError, ValueError, TypeError) as error:
         return first_line(error)
     expected = alone(*(tensor[0] for tensor in arguments))
-    tolerance = AGREEMENT.get(field.x.dtype, 5e-3)
+    tolerance = AGREEMENT.get(racers.x.dtype, 5e-3)
     for one, several in zip(expected, found, strict=True):
         difference = float((one - several[0]).norm() / one.norm().clamp_min(1e-30))
         if not difference <= tolerance:
@@ -273,57 +287,57 @@ class Race:
     patience: int | None = None
     survivors: int = 1
 
-    def run(self, field: Field, loss: Loss, monitor: Monitor) -> Field:
+    def run(self, racers: Field, loss: Loss, monitor: Monitor) -> Field:
         """Those left at the end, or when the monitor said stop; it is given the best candidate of each iteration.
 
         The monitor's film strip becomes the winner's.  Where candidates cannot form a batch, each iteration moves
         one after the other, and the compiler's `step` says so.
         """
-        x = field.x
+        x = racers.x
         width = width_of(self.size, x.device)
-        reason = unbatchable(loss, field) if min(len(x), width) > 1 else None
+        reason = unbatchable(loss, racers) if min(len(x), width) > 1 else None
         together = Together(
-            iteration(of_each(loss, field.free), self.rule, field.free),
-            iteration(_alone(loss, field.free), self.rule, field.free),
+            iteration(of_each(loss, racers.free), self.rule, racers.free),
+            iteration(_alone(loss, racers.free), self.rule, racers.free),
             1 if reason else width,
-            {},
+            LEAST.get(x.device.type, LEAST["cuda"]),
         )
         plan = rungs(len(x), self.iterations, self.survivors)
         rows = schedule(rates(self.iterations, self.learning_rate, self.cosine_decay), x)
-        together.prepare(monitor.compiler, plan, rows[0], field, monitor.seconds_left)
+        together = together.prepare(plan, rows[0], racers, monitor)
         if reason:
             monitor.compiler.step += f"; one start after another: {reason}"
         monitor.start(self.iterations, patience=self.patience)
         first, shown = monitor.iteration, len(monitor.strip)
-        field = self._course(field, together, plan, rows, monitor)
-        winner = int(field.losses.argmin())
+        racers = self._course(racers, together, plan, rows, monitor)
+        winner = int(racers.losses.argmin())
         monitor.strip[shown:] = [
-            (first + step, float(losses[winner]), x[winner].cpu()) for step, losses, x in field.frames
+            (first + step, float(losses[winner]), x[winner].cpu()) for step, losses, x in racers.frames
         ]
-        return field
+        return racers
 
     def _course(
-        self, field: Field, together: Together, plan: Sequence[Rung], rows: Tensor, monitor: Monitor
+        self, racers: Field, together: Together, plan: Sequence[Rung], rows: Tensor, monitor: Monitor
     ) -> Field:
-        """The field at the end of the last rung, or where the monitor stops."""
+        """The racers at the end of the last rung, or where the monitor stops."""
         watch = Watch.on(monitor, rows.device)
-        frames, step, moved = monitor.spaced(self.iterations), 0, len(field.state.variables)
+        frames, step, moved = monitor.spaced(self.iterations), 0, len(racers.state.variables)
         for place, rung in enumerate(plan):
-            field = field.half(rung.candidates) if rung.candidates < len(field.numbers) else field
+            racers = racers.half(rung.candidates) if rung.candidates < len(racers.numbers) else racers
             last = place == len(plan) - 1
             for row in rows[step : step + rung.iterations + last]:
-                losses, *tensors = together(row, *field.given, *field.state.tensors)
+                losses, *tensors = together(row, *racers.given, *racers.state.tensors)
                 losses = torch.where(losses.isfinite(), losses, math.inf)
-                field = field.measured(losses)
-                x, y = field.at
+                racers = racers.measured(losses)
+                x, y = racers.at
                 if step in frames:
-                    field = replace(field, frames=(*field.frames, (step, losses, x)))
+                    racers = replace(racers, frames=(*racers.frames, (step, losses, x)))
                 if watch.step(losses.min(), *(_leader(losses, values) for values in (x, y))):
-                    return field
-                field = replace(field, state=State.of(tensors[moved:]))
+                    return racers
+                racers = replace(racers, state=State.of(tensors[moved:]))
                 step += 1
         watch.flush()
-        return field
+        return racers
 
 
 def _leader(losses: Tensor, values: Tensor) -> Tensor:

@@ -74,6 +74,8 @@ def test_pieces() -> None:
     assert pieces(16, 64) == [16]
     assert pieces(11, 4) == [4, 4, 3]
     assert pieces(3, 1) == [1, 1, 1]
+    assert pieces(11, 4, least=4) == [4, 4, 1, 1, 1]
+    assert pieces(3, 16, least=4) == [1, 1, 1]
 
 
 def test_fewer_candidates_share_a_batch_the_larger_they_are() -> None:
