@@ -150,7 +150,7 @@ class Monitor:
     def expect(self, total: int) -> None:
         """Several optimisations follow, of at most `total` iterations together: one progress bar, one film strip."""
         self._whole = (self.iteration, total)
-        self._frame_steps = self._spaced(total)
+        self._frame_steps = self.spaced(total)
 
     def forget_best(self) -> None:
         """Let the next candidate be the best: the loss is about to change its meaning."""
@@ -167,7 +167,7 @@ class Monitor:
         self._total, self._patience, self._target, self._min_gain = total, patience, target, min_gain
         self._first = self.iteration
         if self._whole is None:
-            self._frame_steps = self._spaced(total)
+            self._frame_steps = self.spaced(total)
         self._last_gain, self._gain_loss = self.iteration, math.inf
 
     def step(self, loss: float, x: Tensor, y: Tensor) -> bool:
@@ -198,8 +198,8 @@ class Monitor:
             return False
         return True
 
-    def _spaced(self, total: int) -> set[int]:
-        """The first and the last of `total` steps, and some between at a constant ratio."""
+    def spaced(self, total: int) -> set[int]:
+        """When a film strip has frames: at the first and the last of `total` steps, and some at a constant ratio."""
         steps = {round(total ** (i / max(self._frames - 2, 1))) for i in range(self._frames - 1)}
         return {0, total} | {step for step in steps if 0 < step < total}
 

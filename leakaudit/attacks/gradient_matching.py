@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from leakaudit.attacks.adam import Rule
 from leakaudit.attacks.base import (
     Monitor,
     Reconstruction,
@@ -17,8 +19,9 @@ from leakaudit.attacks.base import (
 )
 from leakaudit.attacks.disturbance import errors_of
 from leakaudit.attacks.labels import infer_labels, likely_labels
-from leakaudit.attacks.matching import cosine, variation
+from leakaudit.attacks.matching import cosine, total_variation, variation
 from leakaudit.attacks.optimise import Candidate, Matching, Objective, adam, continuation, geometric, lbfgs
+from leakaudit.attacks.racing import Field, Race, bytes_of
 from leakaudit.rounds import client_update
 from leakaudit.threat import View
 
@@ -122,6 +125,9 @@ class InvertingGradients:
         tv: weight of the total variation; None lets the matching loss choose among `TV_WEIGHTS`:
             each gets `tuning` iterations from the same start, and the smallest cosine distance,
             counted without the prior, wins.  No truth is involved.
+        starts: random starts raced against each other (`leakaudit.attacks.racing`): all begin, the half with the
+            smaller loss goes on, again and again, until the best one is left.  16 cost about three descents, less
+            where they share a batch.  `restarts`, in contrast, come one after another, each to its end.
         statistics: weight of the BatchNorm statistics, used only when the adversary knows them.
         learning_rate: in model-input units.
     """
@@ -134,44 +140,76 @@ class InvertingGradients:
     signed: bool = True
     patience: int | None = None
     restarts: int = 1
+    starts: int = 1
+
+    def __post_init__(self) -> None:
+        require_at_least_one(self, "starts")
 
     def applies(self, view: View) -> str | None:
         return None
 
     def run(self, view: View, generator: torch.Generator, monitor: Monitor) -> Reconstruction:
         labels = assumed_labels(view, generator)
-        start = view.victim.space.sample(view.round.num_examples, generator, view.victim.dtype)
+        count, dtype = view.round.num_examples, view.victim.dtype
+        starts = torch.stack([view.victim.space.sample(count, generator, dtype) for _ in range(self.starts)])
         if self.tv is not None:
-            self._descend(view, start, labels, self.tv, self.iterations, monitor)
-            return monitor.result()
-        distances = {}
-        for tv in TV_WEIGHTS:
-            trial = monitor.rehearsal()
-            self._descend(view, start, labels, tv, self.tuning, trial)
-            found = trial.result()
-            with torch.no_grad():
-                distances[tv] = float(cosine(view.simulate(found.x, found.y), view.observed))
-            if trial.stopped == "budget":
-                break
+            objective = Matching(view, "cosine", tv=self.tv, statistics=self.statistics)
+            return monitor.result(details=self._descend(view, objective, starts, labels, monitor))
+        distances = self._distances(view, starts[0], labels, monitor.rehearsal())
         best = min(distances, key=lambda tv: distances[tv])
-        self._descend(view, start, labels, best, self.iterations, monitor)
-        return monitor.result(
-            details={"tv": best, "cosine distance by tv": {str(k): v for k, v in distances.items()}}
-        )
+        weight = torch.tensor(best, dtype=dtype, device=starts.device)
+        weighted = _with_total_variation(Matching(view, "cosine", statistics=self.statistics))
+        details = self._descend(view, lambda x, y: weighted(x, y, weight), starts, labels, monitor)
+        tried = {str(tv): distance for tv, distance in distances.items()}
+        return monitor.result(details={"tv": best, "cosine distance by tv": tried, **details})
 
     def _descend(
-        self, view: View, start: Tensor, labels: Tensor, tv: float, iterations: int, monitor: Monitor
-    ) -> None:
-        adam(
-            Candidate.starting(start, labels),
-            Matching(view, "cosine", tv=tv, statistics=self.statistics),
-            monitor,
-            iterations=iterations,
-            learning_rate=self.learning_rate,
-            signed=self.signed,
-            project=view.victim.space.project,
-            patience=self.patience,
+        self, view: View, objective: Objective, starts: Tensor, labels: Tensor, monitor: Monitor
+    ) -> dict[str, Any]:
+        """To the end from the only start, or from the best; what there is to say of that."""
+        if len(starts) == 1:
+            adam(
+                Candidate.starting(starts[0], labels),
+                objective,
+                monitor,
+                iterations=self.iterations,
+                learning_rate=self.learning_rate,
+                signed=self.signed,
+                project=view.victim.space.project,
+                patience=self.patience,
+            )
+            return {}
+        race = self._race(view, self.iterations, survivors=1)
+        winner = race.run(Field.starting(starts, labels), objective, monitor)
+        return {"starts": len(starts), "start kept": int(winner.numbers[0]) + 1}
+
+    def _distances(self, view: View, start: Tensor, labels: Tensor, trial: Monitor) -> dict[float, float]:
+        """Weight of the prior -> cosine distance after `tuning` iterations from `start`, all at once."""
+        weights = torch.tensor(TV_WEIGHTS, dtype=start.dtype, device=start.device)
+        same = start.expand(len(weights), *start.shape).contiguous()
+        race = self._race(view, self.tuning, survivors=len(weights))
+        objective = _with_total_variation(Matching(view, "cosine", statistics=self.statistics))
+        found = race.run(Field.starting(same, labels, [weights]), objective, trial)
+        with torch.no_grad():
+            return {
+                tv: float(cosine(view.simulate(x, y), view.observed))
+                for tv, x, y in zip(TV_WEIGHTS, found.x, found.y, strict=True)
+            }
+
+    def _race(self, view: View, iterations: int, survivors: int) -> Race:
+        return Race(
+            iterations,
+            self.learning_rate,
+            Rule(self.signed, view.victim.space.project),
+            bytes_of(view),
+            patience=self.patience if survivors == 1 else None,  # different losses share no plateau
+            survivors=survivors,
         )
+
+
+def _with_total_variation(matching: Matching) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """(x, y, weight) -> the matching loss with the total variation at this weight, a scalar tensor."""
+    return lambda x, y, weight: matching(x, y) + weight * total_variation(x)
 
 
 TV_WEIGHTS = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1)

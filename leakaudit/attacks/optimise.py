@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
+from leakaudit.attacks.adam import Rule, State, Watch, iteration, rates, schedule
 from leakaudit.attacks.base import Monitor
 from leakaudit.attacks.compiling import Function
 from leakaudit.attacks.disturbance import Comparison
@@ -65,6 +66,12 @@ class Candidate:
     def variables(self) -> list[Tensor]:
         return [self.x] if self.logits is None else [self.x, self.logits]
 
+    def move_to(self, variables: Sequence[Tensor]) -> None:
+        """Take these values for every variable."""
+        with torch.no_grad():
+            for variable, value in zip(self.variables, variables, strict=True):
+                variable.copy_(value)
+
     def differentiate(self, loss: Tensor) -> None:
         """Put the gradient of `loss` where an optimizer finds it, and nowhere else."""
         self.descend_along(torch.autograd.grad(loss, self.variables))
@@ -102,40 +109,44 @@ def evaluation(
     return evaluate
 
 
-def value_and_gradient(objective: Objective) -> Function:
-    """(x, labels) -> the objective's value and its gradient to x."""
+def value_and_gradient(objective: Callable[..., Tensor]) -> Function:
+    """(x, labels) -> the objective's value and its gradient to x; the objective gets what else is given."""
 
-    def function(x: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+    def function(x: Tensor, labels: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         x = x.detach().requires_grad_()
         with torch.enable_grad():
-            loss = objective(x, labels)
+            loss = objective(x, labels, *others)
             return loss.detach(), *torch.autograd.grad(loss, x)
 
     return function
 
 
-def value_and_gradients(objective: Objective) -> Function:
-    """(x, logits) -> the objective's value at the labels softmax(logits), and its gradients to x and logits."""
+def value_and_gradients(objective: Callable[..., Tensor]) -> Function:
+    """(x, logits) -> the objective's value at the labels softmax(logits), and its gradients to x and logits.
 
-    def function(x: Tensor, logits: Tensor) -> tuple[Tensor, ...]:
+    The objective gets what else is given.
+    """
+
+    def function(x: Tensor, logits: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         x, logits = x.detach().requires_grad_(), logits.detach().requires_grad_()
         with torch.enable_grad():
-            loss = objective(x, logits.softmax(dim=-1))
+            loss = objective(x, logits.softmax(dim=-1), *others)
             return loss.detach(), *torch.autograd.grad(loss, (x, logits))
 
     return function
 
 
-def of_each(objective: Objective, free: bool) -> Function:
+def of_each(objective: Callable[..., Tensor], free: bool) -> Function:
     """As `value_and_gradient`, or `value_and_gradients` where labels are `free`, of several candidates at once.
 
     Every argument and every result has one more dimension in front, over the candidates, which share nothing but
-    the model: (R, N, C, H, W) and (R, N) -> (R,) and (R, N, C, H, W).
+    the model: (R, N, C, H, W) and (R, N) -> (R,) and (R, N, C, H, W).  What follows these two, the objective gets
+    as each candidate's own.
     """
 
-    def one(x: Tensor, second: Tensor) -> tuple[Tensor, ...]:
+    def one(x: Tensor, second: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         def value(x: Tensor, second: Tensor) -> Tensor:
-            return objective(x, second.softmax(dim=-1) if free else second)
+            return objective(x, second.softmax(dim=-1) if free else second, *others)
 
         gradients, loss = grad_and_value(value, argnums=(0, 1) if free else (0,))(x, second)
         return loss, *gradients
@@ -277,26 +288,29 @@ def adam(
 ) -> None:
     """Adam, with step decay by 0.1 after 3/8, 5/8 and 7/8 of the iterations, or a half cosine.
 
-    `signed` takes the sign of the candidate's gradient first; `project` is applied after every step.
+    `signed` takes the sign of the candidate's gradient first; `project` is applied after every step.  A whole
+    iteration is one graph where the monitor's compiler finds that worth it.
     """
-    optimizer = torch.optim.Adam(candidate.variables, lr=learning_rate)
-    scheduler: torch.optim.lr_scheduler.LRScheduler
-    if cosine_decay:
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
-    else:
-        milestones = [math.ceil(iterations * share) for share in (3 / 8, 5 / 8, 7 / 8)]
-        scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
-    evaluate = evaluation(candidate, objective, monitor, iterations)
+    free = candidate.logits is not None
+    differentiated = value_and_gradients(objective) if free else value_and_gradient(objective)
+    labels: tuple[Tensor, ...] = () if candidate.labels is None else (candidate.labels,)
+    state = State.starting(*candidate.variables)
+    rows = schedule(rates(iterations, learning_rate, cosine_decay), candidate.x)
+    moved = len(state.variables)
+    advance = monitor.compiler.prepare(
+        iteration(differentiated, Rule(signed, project), free),
+        (rows[0], *labels, *state.tensors),
+        iterations,
+        monitor.seconds_left,
+        compared=1 + moved,
+    )
     monitor.start(iterations, patience=patience, target=target)
-    for step in range(iterations + 1):
-        loss = evaluate()
-        if monitor.step(float(loss), candidate.x, candidate.y) or step == iterations:
-            return
-        if signed:
-            assert candidate.x.grad is not None
-            candidate.x.grad = candidate.x.grad.sign()
-        optimizer.step()
-        scheduler.step()
-        if project is not None:
-            with torch.no_grad():
-                candidate.x.copy_(project(candidate.x))
+    watch = Watch.on(monitor, candidate.x.device)
+    for row in rows:
+        measured, (loss, *tensors) = state.variables, advance(row, *labels, *state.tensors)
+        if watch.step(loss, measured[0], measured[1].softmax(dim=-1) if free else labels[0]):
+            break
+        state = State.of(tensors[moved:])
+    else:
+        watch.flush()
+    candidate.move_to(measured)
