@@ -18,9 +18,10 @@ from leakaudit.attacks.base import (
 from leakaudit.attacks.disturbance import errors_of
 from leakaudit.attacks.labels import infer_labels, likely_labels
 from leakaudit.attacks.matching import cosine, variation
-from leakaudit.attacks.optimise import Candidate, Matching, Objective, adam, continuation, geometric, lbfgs
+from leakaudit.attacks.optimise import Candidate, Matching, adam, continuation, geometric, lbfgs
 from leakaudit.rounds import client_update
 from leakaudit.threat import View
+from leakaudit.update import Update
 
 
 def assumed_labels(view: View, generator: torch.Generator) -> Tensor:
@@ -50,7 +51,7 @@ def most_fitting(view: View, labels: list[int], generator: torch.Generator) -> T
     options = [torch.tensor([label], device=view.victim.device) for label in labels]
     if len(options) == 1:
         return options[0]
-    objective = _with_prior(Matching(view, "relative"), TRIAL_PRIOR)
+    objective = WithVariation(Matching(view, "relative"), TRIAL_PRIOR)
     start = view.victim.space.sample(1, generator, view.victim.dtype)
     losses = []
     for label in options:
@@ -238,7 +239,7 @@ class TotalVariationPath:
     def _stages(
         self, distance: Matching, x: Tensor, y: Tensor, weights: list[float], monitor: Monitor
     ) -> tuple[Tensor, Tensor]:
-        objectives = [_with_prior(distance, weight) for weight in weights]
+        objectives = [WithVariation(distance, weight) for weight in weights]
         patience = self.iterations // 2
         return continuation(x, y, objectives, monitor, iterations=self.iterations, patience=patience)
 
@@ -260,9 +261,32 @@ def _pixels(view: View) -> float:
     return view.unknowns / view.victim.space.shape[0]
 
 
-def _with_prior(distance: Matching, weight: float) -> Objective:
-    space, pixels = distance.view.victim.space, _pixels(distance.view)
-    return lambda x, y: distance(x, y) + weight * variation(space.decode(x)) / pixels
+@dataclass(frozen=True)
+class WithVariation:
+    """A distance plus `weight` times the mean of `variation` over pixels."""
+
+    distance: Matching
+    weight: float
+
+    @property
+    def view(self) -> View:
+        return self.distance.view
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.distance(x, y) + self._variation(x)
+
+    def client_input(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self.distance.client_input(x, y)
+
+    def of_update(self, simulated: Update) -> Tensor:
+        return self.distance.of_update(simulated)
+
+    def prior(self, x: Tensor, y: Tensor) -> Tensor:
+        own = self.distance.prior(x, y)
+        return self._variation(x) if own is None else own + self._variation(x)
+
+    def _variation(self, x: Tensor) -> Tensor:
+        return self.weight * variation(self.view.victim.space.decode(x)) / _pixels(self.view)
 
 
 def _explained(distance: Matching, x: Tensor, y: Tensor) -> bool:
