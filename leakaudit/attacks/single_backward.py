@@ -16,11 +16,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeGuard
+from typing import Any, Protocol, TypeGuard, cast
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from leakaudit.attacks.compiling import Function
@@ -142,14 +142,23 @@ def forward_over_reverse(objective: OfUpdate, free: bool) -> Function:
 
     def mixed(variables: _Variables, direction: Mapping[str, Tensor]) -> list[Tensor]:
         with forward_ad.dual_level(), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            duals = {name: forward_ad.make_dual(view.victim.params[name], v) for name, v in direction.items()}
+            duals = {name: _dual(view.victim.params[name], v) for name, v in direction.items()}
             gradients = variables.gradients(
                 potential(view, view.victim.params | duals, *variables.client_input)
             )
-            tangents = [forward_ad.unpack_dual(gradient).tangent for gradient in gradients]
-        return [torch.zeros_like(g) if t is None else t for t, g in zip(tangents, gradients, strict=True)]
+            return [_tangent(gradient) for gradient in gradients]
 
     return _gradient(objective, free, mixed)
+
+
+def _dual(primal: Tensor, tangent: Tensor) -> Tensor:
+    return cast(Tensor, cast(Any, forward_ad).make_dual(primal, tangent))
+
+
+def _tangent(dual: Tensor) -> Tensor:
+    """Zero where the number does not depend on what has one."""
+    tangent = cast(Any, forward_ad).unpack_dual(dual).tangent
+    return torch.zeros_like(dual) if tangent is None else cast(Tensor, tangent)
 
 
 def central_difference(objective: OfUpdate, free: bool) -> Function:
