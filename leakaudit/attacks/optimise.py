@@ -36,6 +36,7 @@ from leakaudit.attacks.single_backward import (
     unsuitable,
     without_double_backward,
 )
+from leakaudit.errors import InputError
 from leakaudit.threat import View, as_it_is
 from leakaudit.update import Update
 
@@ -117,6 +118,8 @@ def differentiable(objective: Objective, point: Sequence[Tensor], free: bool) ->
 
     Double backward is tried first, then what does without one (`leakaudit.attacks.single_backward`), where the
     objective sees the candidate through an update that is the gradient of one function.
+
+    Raises `InputError` when nothing works.
     """
     plain = value_and_gradients(objective) if free else value_and_gradient(objective)
     if not sees_updates(objective) or unsuitable(objective.view):
@@ -131,7 +134,7 @@ def differentiable(objective: Objective, point: Sequence[Tensor], free: bool) ->
         function = make(objective, free)
         if lacking(function, point) is None:
             return function, f"{name}, for double backward is not to be had ({missing})"
-    return plain, ""
+    raise InputError(f"the model cannot be differentiated as often as gradient matching needs: {missing}")
 
 
 def value_and_gradient(objective: Objective) -> Function:
