@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from leakaudit.attacks.matching import (
+    JOINED,
     cosine,
     relative,
     squared,
@@ -44,6 +45,42 @@ def test_cosine_has_no_scale(numbers: list[float], factor: float) -> None:
     if float(here.norm()) > 1e-3:
         assert float(cosine(here * factor, here)) == pytest.approx(0, abs=1e-9)
         assert float(cosine(here * -factor, here)) == pytest.approx(2, abs=1e-9)
+
+
+def by_tensor(simulated: Update, observed: Update) -> Tensor:
+    """The cosine distance, one tensor after the other."""
+    product = torch.stack([(g * observed[name]).sum() for name, g in simulated.items()]).sum()
+    return 1 - product / (simulated.norm() * observed.norm())
+
+
+@pytest.mark.parametrize("sizes", [(3,), (JOINED,), (3, JOINED + 1, 5, JOINED, 1)])
+def test_cosine_joins_small_tensors_whatever_their_order(sizes: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    here, there = (
+        {f"t{i}": torch.randn(n, generator=generator, dtype=torch.float64) for i, n in enumerate(sizes)}
+        for _ in range(2)
+    )
+    for tensor in here.values():
+        tensor.requires_grad_()
+    observed = Update(
+        {name: there[name] for name in reversed(there)} | {"not simulated": torch.ones(1).double()}
+    )
+    expected = by_tensor(Update(here), Update(there))
+    found = cosine(Update(here), observed)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    for mine, other in zip(
+        torch.autograd.grad(found, list(here.values())),
+        torch.autograd.grad(expected, list(here.values())),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize("factor", [1e-25, 1e25])
+def test_cosine_of_numbers_whose_squares_no_float32_holds(factor: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    here, there = (Update({"w": torch.randn(40, generator=generator)}) for _ in range(2))
+    torch.testing.assert_close(cosine(here * factor, there), cosine(here, there), rtol=1e-5, atol=1e-6)
 
 
 def test_only_what_was_simulated_is_compared() -> None:

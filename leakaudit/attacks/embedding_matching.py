@@ -91,12 +91,23 @@ class EmbeddingMatching:
     norm: float = 0.0
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        loss, prior = self.of_update(self.view.simulate(*self.client_input(x, y))), self.prior(x, y)
+        return loss if prior is None else loss + prior
+
+    def client_input(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings in their places, and labels as the victim takes them."""
         embeddings = self.sentences.embed(x)
-        simulated = self.view.simulate(embeddings, self.labelling.soft(y, embeddings))
-        loss = self.distance(simulated, self.view.observed)
-        if self.norm:
-            loss = loss + self.norm * (x.norm(dim=1).mean() - self.sentences.typical_norm).square()
-        return loss
+        return embeddings, self.labelling.soft(y, embeddings)
+
+    def of_update(self, simulated: Update) -> Tensor:
+        """What the simulated update contributes, a scalar."""
+        return self.distance(simulated, self.view.observed)
+
+    def prior(self, x: Tensor, y: Tensor) -> Tensor | None:
+        """What the candidate itself contributes, a scalar; None for nothing."""
+        if not self.norm:
+            return None
+        return self.norm * (x.norm(dim=1).mean() - self.sentences.typical_norm).square()
 
 
 def put_in_place(candidate: Candidate, objective: EmbeddingMatching) -> Tensor | None:

@@ -24,6 +24,7 @@ from leakaudit.attacks.optimise import Candidate, Matching, Objective, adam, con
 from leakaudit.attacks.racing import Field, Race, bytes_of
 from leakaudit.rounds import client_update
 from leakaudit.threat import View
+from leakaudit.update import Update
 
 
 def assumed_labels(view: View, generator: torch.Generator) -> Tensor:
@@ -53,7 +54,7 @@ def most_fitting(view: View, labels: list[int], generator: torch.Generator) -> T
     options = [torch.tensor([label], device=view.victim.device) for label in labels]
     if len(options) == 1:
         return options[0]
-    objective = _with_prior(Matching(view, "relative"), TRIAL_PRIOR)
+    objective = WithVariation(Matching(view, "relative"), TRIAL_PRIOR)
     start = view.victim.space.sample(1, generator, view.victim.dtype)
     losses = []
     for label in options:
@@ -276,7 +277,7 @@ class TotalVariationPath:
     def _stages(
         self, distance: Matching, x: Tensor, y: Tensor, weights: list[float], monitor: Monitor
     ) -> tuple[Tensor, Tensor]:
-        objectives = [_with_prior(distance, weight) for weight in weights]
+        objectives = [WithVariation(distance, weight) for weight in weights]
         patience = self.iterations // 2
         return continuation(x, y, objectives, monitor, iterations=self.iterations, patience=patience)
 
@@ -298,9 +299,32 @@ def _pixels(view: View) -> float:
     return view.unknowns / view.victim.space.shape[0]
 
 
-def _with_prior(distance: Matching, weight: float) -> Objective:
-    space, pixels = distance.view.victim.space, _pixels(distance.view)
-    return lambda x, y: distance(x, y) + weight * variation(space.decode(x)) / pixels
+@dataclass(frozen=True)
+class WithVariation:
+    """A distance plus `weight` times the mean of `variation` over pixels."""
+
+    distance: Matching
+    weight: float
+
+    @property
+    def view(self) -> View:
+        return self.distance.view
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.distance(x, y) + self._variation(x)
+
+    def client_input(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self.distance.client_input(x, y)
+
+    def of_update(self, simulated: Update) -> Tensor:
+        return self.distance.of_update(simulated)
+
+    def prior(self, x: Tensor, y: Tensor) -> Tensor:
+        own = self.distance.prior(x, y)
+        return self._variation(x) if own is None else own + self._variation(x)
+
+    def _variation(self, x: Tensor) -> Tensor:
+        return self.weight * variation(self.view.victim.space.decode(x)) / _pixels(self.view)
 
 
 def _explained(distance: Matching, x: Tensor, y: Tensor) -> bool:

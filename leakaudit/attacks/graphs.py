@@ -65,17 +65,34 @@ def _convolve(
     strides, dilations = _pair(stride), _pair(dilation)
     if isinstance(padding, str) or groups != 1 or x.dim() != 4:
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    pads, kernel = _pair(padding), weight.shape[2:]
+    pads, kernel = _pair(padding), _pair(weight.shape[2:])
     height, width = (
         (x.shape[2 + i] + 2 * pads[i] - dilations[i] * (kernel[i] - 1) - 1) // strides[i] + 1 for i in (0, 1)
     )
     count, places = len(x), len(x) * height * width
     if weight[0].numel() * places > UNFOLDED:
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    patches = F.unfold(x, kernel, dilations, pads, strides).permute(1, 0, 2).reshape(-1, places)
+    patches = _patches(x, kernel, strides, pads, dilations).reshape(-1, places)
     products = weight.reshape(len(weight), -1) @ patches
     out = products.reshape(len(weight), count, height, width).permute(1, 0, 2, 3)
     return out if bias is None else out + bias.reshape(-1, 1, 1)
+
+
+Pair = tuple[int, int]
+
+
+def _patches(x: Tensor, kernel: Pair, strides: Pair, pads: Pair, dilations: Pair) -> Tensor:
+    """The patches of (N, C, H, W), all of them along the last dimensions, those of a place along the first ones.
+
+    A view of the padded input, which fuses better than F.unfold (a LeNet's step: 0.52 against 0.65 ms), but whose
+    derivative vmap would take one candidate at a time.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return F.unfold(x, kernel, dilations, pads, strides).permute(1, 0, 2)
+    padded = F.pad(x, (pads[1], pads[1], pads[0], pads[0])) if any(pads) else x
+    for i in (0, 1):
+        padded = padded.unfold(2 + i, dilations[i] * (kernel[i] - 1) + 1, strides[i])
+    return padded[..., :: dilations[0], :: dilations[1]].permute(1, 4, 5, 0, 2, 3)
 
 
 def _pair(value: Any) -> tuple[int, int]:

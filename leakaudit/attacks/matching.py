@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -41,18 +41,37 @@ def cosine(simulated: Update, observed: Update) -> Tensor:
     Both are first divided by their largest number: a confident model's gradients are so small that
     their squares would underflow, and a descent would exploit it.
     """
-    simulated, observed = _unit_size(simulated), _unit_size(observed)
-    return 1 - simulated.dot(observed) / (simulated.norm() * observed.norm())
+    found, target = (_same_size(_pieces(update, simulated)) for update in (simulated, observed))
+    product = torch.stack([(g * t).sum() for g, t in zip(found, target, strict=True)]).sum()
+    return 1 - product / (_length(found) * _length(target))
 
 
-def _unit_size(update: Update) -> Update:
-    largest = torch.stack([tensor.detach().abs().max() for tensor in update.values()]).max()
-    return update.map(lambda tensor: tensor / largest)
+JOINED = 2**16
+"""Tensors of fewer numbers are compared as one: fewer operations to launch, record and compile.  Larger ones would
+only be copied (on a ResNet-18 in one piece an eager step's distance took five times as long)."""
+
+
+def _pieces(update: Update, names: Iterable[str]) -> list[Tensor]:
+    """All its small tensors as one vector, in the order of `names`, and the large ones as they are."""
+    tensors = [update[name] for name in names]
+    small = [tensor.reshape(-1) for tensor in tensors if tensor.numel() < JOINED]
+    large = [tensor for tensor in tensors if tensor.numel() >= JOINED]
+    return [torch.cat(small), *large] if small else large
+
+
+def _same_size(pieces: list[Tensor]) -> list[Tensor]:
+    """Divided by the largest number of all, which is a constant."""
+    largest = torch.stack([piece.detach().abs().max() for piece in pieces]).max()
+    return [piece / largest for piece in pieces]
+
+
+def _length(pieces: list[Tensor]) -> Tensor:
+    return torch.stack([piece.square().sum() for piece in pieces]).sum().sqrt()
 
 
 def fitted(simulated: Update, length: float) -> Update:
     """The simulated update scaled to `length`, > 0, differentiably: how it is seen where lengths mean nothing."""
-    simulated = _unit_size(simulated)
+    simulated = Update(dict(zip(simulated, _same_size(list(simulated.values())), strict=True)))
     factor = length / simulated.norm()
     return simulated.map(lambda tensor: tensor * factor)
 

@@ -29,7 +29,17 @@ from leakaudit.attacks.matching import (
     statistics_distance,
     total_variation,
 )
+from leakaudit.attacks.single_backward import (
+    central_difference,
+    forward_over_reverse,
+    lacking,
+    sees_updates,
+    unsuitable,
+    without_double_backward,
+)
+from leakaudit.errors import InputError
 from leakaudit.threat import View, as_it_is
+from leakaudit.update import Update
 
 LEAST = 1e-9
 """Probability at which a class counts as excluded: its logit hardly feels a descent."""
@@ -92,14 +102,15 @@ def evaluation(
 
     Compiled where `evaluations`, the most that will follow, are worth it to the monitor's compiler.
     """
-    if candidate.logits is None:
-        assert candidate.labels is not None
-        arguments, differentiated = (candidate.x, candidate.labels), value_and_gradient(objective)
-    else:
-        arguments, differentiated = (candidate.x, candidate.logits), value_and_gradients(objective)
-    quick = monitor.compiler.prepare(
-        differentiated, [a.detach() for a in arguments], evaluations, monitor.seconds_left
-    )
+    free = candidate.logits is not None
+    second = candidate.logits if candidate.logits is not None else candidate.labels
+    assert second is not None
+    arguments = (candidate.x, second)
+    point = [argument.detach() for argument in arguments]
+    differentiated, how = differentiable(objective, point, free)
+    quick = monitor.compiler.prepare(differentiated, point, evaluations, monitor.seconds_left)
+    if how:
+        monitor.compiler.step += f", {how}"
 
     def evaluate() -> Tensor:
         loss, *gradients = quick(*(argument.detach() for argument in arguments))
@@ -107,6 +118,30 @@ def evaluation(
         return loss
 
     return evaluate
+
+
+def differentiable(objective: Objective, point: Sequence[Tensor], free: bool) -> tuple[Function, str]:
+    """The objective's value and gradients by what works at `point`, and in a few words how, where that is not plain.
+
+    Double backward is tried first, then what does without one (`leakaudit.attacks.single_backward`), where the
+    objective sees the candidate through an update that is the gradient of one function.
+
+    Raises `InputError` when nothing works.
+    """
+    plain = value_and_gradients(objective) if free else value_and_gradient(objective)
+    if not sees_updates(objective) or unsuitable(objective.view):
+        return plain, ""
+    missing = without_double_backward(objective, point, free)
+    if missing is None:
+        return plain, ""
+    for make, name in (
+        (forward_over_reverse, "forward over reverse"),
+        (central_difference, "central differences"),
+    ):
+        function = make(objective, free)
+        if lacking(function, point) is None:
+            return function, f"{name}, for double backward is not to be had ({missing})"
+    raise InputError(f"the model cannot be differentiated as often as gradient matching needs: {missing}")
 
 
 def value_and_gradient(objective: Callable[..., Tensor]) -> Function:
@@ -170,18 +205,33 @@ class Matching:
     scale: float = 1.0
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        loss = self.mismatch(x, y) / self.scale
+        loss, prior = self.of_update(self.view.simulate(x, y)), self.prior(x, y)
+        return loss if prior is None else loss + prior
+
+    def client_input(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return x, y
+
+    def prior(self, x: Tensor, y: Tensor) -> Tensor | None:
+        """What the candidate itself contributes, a scalar; None for nothing."""
+        terms = []
         if self.tv:
-            loss = loss + self.tv * total_variation(x)
+            terms.append(self.tv * total_variation(x))
         target = self.view.knowledge.statistics.value
         if self.statistics and target is not None:
             found = self.view.victim.batch_statistics(self.view.victim.params, x)
-            loss = loss + self.statistics * statistics_distance(found, target)
-        return loss
+            terms.append(self.statistics * statistics_distance(found, target))
+        return sum(terms[1:], terms[0]) if terms else None
+
+    def of_update(self, simulated: Update) -> Tensor:
+        """What the simulated update contributes, a scalar."""
+        return self._distance(simulated) / self.scale
 
     def mismatch(self, x: Tensor, y: Tensor) -> Tensor:
         """The distance alone, a scalar."""
-        simulated, observed = self.comparison(self.view.simulate(x, y), self.view.observed)
+        return self._distance(self.view.simulate(x, y))
+
+    def _distance(self, simulated: Update) -> Tensor:
+        simulated, observed = self.comparison(simulated, self.view.observed)
         if self.distance == "relative" and self.comparison.factors:
             return squared(simulated, observed) / observed.norm().square()
         if self.distance == "relative":
@@ -292,8 +342,9 @@ def adam(
     iteration is one graph where the monitor's compiler finds that worth it.
     """
     free = candidate.logits is not None
-    differentiated = value_and_gradients(objective) if free else value_and_gradient(objective)
     labels: tuple[Tensor, ...] = () if candidate.labels is None else (candidate.labels,)
+    point = [tensor.detach() for tensor in (*candidate.variables, *labels)]
+    differentiated, how = differentiable(objective, point, free)
     state = State.starting(*candidate.variables)
     rows = schedule(rates(iterations, learning_rate, cosine_decay), candidate.x)
     moved = len(state.variables)
@@ -304,6 +355,8 @@ def adam(
         monitor.seconds_left,
         compared=1 + moved,
     )
+    if how:
+        monitor.compiler.step += f", {how}"
     monitor.start(iterations, patience=patience, target=target)
     watch = Watch.on(monitor, candidate.x.device)
     for row in rows:
