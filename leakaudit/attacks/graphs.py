@@ -85,7 +85,7 @@ Pair = tuple[int, int]
 
 
 def _patches(x: Tensor, kernel: Pair, strides: Pair, pads: Pair, dilations: Pair, count: int) -> Tensor:
-    """The `count` numbers of the patches of (N, C, H, W), all of them along the last dimensions, those of a place along the first ones.
+    """The `count` numbers of all patches: those of one patch along the first dimensions, places along the last.
 
     Few of them are a view of the padded input, whose derivative vmap would take one candidate at a time.
     """
