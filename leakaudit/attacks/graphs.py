@@ -131,7 +131,9 @@ def record(function: Function, arguments: Sequence[Tensor]) -> Recorded:
     """
     try:
         with Unfolding():
-            module = make_fx(function)(*arguments)
+            module = make_fx(function)(
+                *(tensor.clone() for tensor in arguments)
+            )  # one given twice would be one input
     except Exception as error:  # anything that user code or an unsupported operation may raise
         raise Untraceable(_line(error)) from error
     module.graph.eliminate_dead_code()

@@ -19,6 +19,8 @@ from leakaudit.attacks.adam import Rule, State, Watch, iteration, rates, schedul
 from leakaudit.attacks.base import Monitor
 from leakaudit.attacks.compiling import AGREEMENT, Function
 from leakaudit.attacks.optimise import Candidate, of_each, value_and_gradient, value_and_gradients
+from leakaudit.attacks.single_backward import without_double_backward
+from leakaudit.errors import InputError
 from leakaudit.formats.phrases import first_line
 from leakaudit.threat import View
 
@@ -244,6 +246,18 @@ def unbatchable(loss: Loss, racers: Field) -> str | None:
     return None
 
 
+def _require_double_backward(loss: Loss, racers: Field) -> None:
+    """`optimise.differentiable` has other ways for one descent; none of them takes a batch."""
+    x, *second = (tensor[0] for tensor in racers.state.variables)
+    given = [tensor[0] for tensor in racers.given]
+    point = (x, second[0] if racers.free else given[0])
+    others = given if racers.free else given[1:]
+    missing = without_double_backward(lambda x, y: loss(x, y, *others), point, racers.free)
+    if missing is not None:
+        raise InputError(f"starts cannot be raced, for double backward is not to be had ({missing});"
+                         " accepted: inverting-gradients with starts=1")  # fmt: skip
+
+
 def _alone(loss: Loss, free: bool) -> Function:
     return value_and_gradients(loss) if free else value_and_gradient(loss)
 
@@ -291,9 +305,11 @@ class Race:
         """Those left at the end, or when the monitor said stop; it is given the best candidate of each iteration.
 
         The monitor's film strip becomes the winner's.  Where candidates cannot form a batch, each iteration moves
-        one after the other, and the compiler's `step` says so.
+        one after the other, and the compiler's `step` says so.  Raises `InputError` where the loss cannot be
+        differentiated through the model's own gradients.
         """
         x = racers.x
+        _require_double_backward(loss, racers)
         width = width_of(self.size, x.device)
         reason = unbatchable(loss, racers) if min(len(x), width) > 1 else None
         together = Together(

@@ -106,20 +106,22 @@ def lacking(function: Function, point: Sequence[Tensor]) -> str | None:
     return None
 
 
-def without_double_backward(objective: OfUpdate, point: Sequence[Tensor], free: bool) -> str | None:
+def without_double_backward(
+    objective: Callable[[Tensor, Tensor], Tensor], point: Sequence[Tensor], free: bool
+) -> str | None:
     """Why the objective's gradients are not to be had by double backward at this point; None where they are.
 
     Costs one evaluation.  What a backward pass marked `once_differentiable` returns has no way back to the
     candidate; torch then leaves it out without a word where gradients of single tensors are asked for.
     """
-    variables = _Variables.of(objective, point[0], point[1], free)
 
-    def twice(*_: Tensor) -> tuple[Tensor, ...]:
+    def twice(x: Tensor, second: Tensor) -> tuple[Tensor, ...]:
+        variables = [tensor.detach().requires_grad_() for tensor in ((x, second) if free else (x,))]
         with torch.enable_grad():
-            loss = objective(*variables.candidate)
+            loss = objective(variables[0], variables[1].softmax(dim=-1) if free else second)
             if _cut_off(loss):
                 raise RuntimeError("one of its backward passes is marked once_differentiable")
-            return variables.gradients(loss)
+            return torch.autograd.grad(loss, variables, materialize_grads=True)
 
     return lacking(twice, point)
 

@@ -242,3 +242,9 @@ def test_a_replayed_step_is_the_eager_step() -> None:
     assert compiler.step == "compiled"
     for point in (x, 2 * x):
         assert close(quick(point, labels), step(point, labels))
+
+
+def test_a_tensor_given_twice_is_two_arguments() -> None:
+    same = torch.ones(3)
+    recorded = record(lambda x, y: (x - 2 * y,), (same, same))
+    assert torch.equal(replayed(recorded, torch.full((3,), 5.0), torch.ones(3))[0], torch.full((3,), 3.0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_audits import victim_of, view_of
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from leakaudit.attacks.adam import Rule
 from leakaudit.attacks.base import Monitor
@@ -19,6 +21,7 @@ from leakaudit.attacks.gradient_matching import TV_WEIGHTS, InvertingGradients
 from leakaudit.attacks.matching import cosine
 from leakaudit.attacks.optimise import Candidate, Matching, adam
 from leakaudit.attacks.racing import MEMORY, Field, Loss, Race, bytes_of, pieces, rungs, width_of
+from leakaudit.errors import InputError
 from leakaudit.randomness import fork
 from leakaudit.rounds import Round
 from leakaudit.threat import View, known
@@ -277,3 +280,25 @@ def test_a_compiled_race_is_the_eager_one() -> None:
     assert compiler.step == "compiled"
     assert compiled.numbers.tolist() == eager.numbers.tolist()
     torch.testing.assert_close(compiled.x, eager.x, rtol=1e-2, atol=2e-3)
+
+
+def test_a_model_without_double_backward_is_not_raced() -> None:
+    """torch leaves such a backward pass out without a word, and the descent would go astray."""
+
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            return gradient.clone()
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        weight = torch.ones((), requires_grad=True)
+        (gradient,) = torch.autograd.grad(Once.apply(weight * x).square().sum(), weight, create_graph=True)
+        return gradient
+
+    with pytest.raises(InputError, match="accepted: inverting-gradients with starts=1"):
+        race(world()).run(Field.starting(start(2), labels(1, False)), loss, Monitor())
