@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from leakaudit.attacks.matching import (
     statistics_distance,
     total_variation,
 )
+from leakaudit.attacks.quasi_newton import QuasiNewton
 from leakaudit.threat import View, as_it_is
 
 LEAST = 1e-9
@@ -72,7 +73,26 @@ class Candidate:
     def descend_along(self, gradients: Sequence[Tensor]) -> None:
         """Put the gradient of every variable where an optimizer finds it."""
         for variable, gradient in zip(self.variables, gradients, strict=True):
-            variable.grad = gradient.contiguous()  # L-BFGS flattens it with view
+            variable.grad = gradient.contiguous()
+
+    @property
+    def point(self) -> Tensor:
+        """All variables as one vector (n,), a copy."""
+        return torch.cat([variable.detach().flatten() for variable in self.variables])
+
+    def move_to(self, point: Tensor) -> None:
+        """Give the variables the numbers of a vector like `point`."""
+        sizes = [variable.numel() for variable in self.variables]
+        with torch.no_grad():
+            for variable, numbers in zip(self.variables, torch.split(point, sizes), strict=True):
+                variable.copy_(numbers.view_as(variable))
+
+    def evaluated_at(self, point: Tensor, evaluate: Callable[[], Tensor]) -> tuple[float, Tensor]:
+        """The value there and its gradient (n,), for what evaluates at the variables and leaves gradients there."""
+        self.move_to(point)
+        value = float(evaluate())
+        gradients = [variable.grad for variable in self.variables]
+        return value, torch.cat([g.flatten() for g in gradients if g is not None])
 
 
 Objective = Callable[[Tensor, Tensor], Tensor]
@@ -199,34 +219,32 @@ def lbfgs(
     patience: int | None = None,
     shown: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = as_it_is,
 ) -> None:
-    """`iterations` calls of torch's L-BFGS, each of at most `inner` steps.
+    """`iterations` times at most `inner` steps of L-BFGS (`leakaudit.attacks.quasi_newton`).
 
     Stops when a step no longer changes the candidate, besides what the monitor asks for, which gets
     `shown(x, y)`.
     """
-    optimizer = torch.optim.LBFGS(
-        candidate.variables,
-        lr=learning_rate,
-        max_iter=inner,
-        history_size=history,
-        line_search_fn="strong_wolfe" if line_search else None,
-        tolerance_grad=0.0,
-        tolerance_change=0.0,
-    )
-
-    closure = evaluation(candidate, objective, monitor, iterations * inner)
+    evaluate = evaluation(candidate, objective, monitor, iterations * inner)
     monitor.start(iterations, patience=patience, target=target)
-    for _ in range(iterations):
-        x, y = candidate.x.detach().clone(), candidate.y.detach()
-        loss = float(cast(Any, optimizer).step(closure))
-        if monitor.step(loss, *shown(x, y)):
+    descent = QuasiNewton(
+        lambda point: candidate.evaluated_at(point, evaluate),
+        candidate.point,
+        learning_rate=learning_rate,
+        history=history,
+        line_search=line_search,
+    )
+    for step in range(iterations + 1):
+        candidate.move_to(descent.point)
+        if (
+            monitor.step(descent.value, *shown(candidate.x.detach(), candidate.y.detach()))
+            or step == iterations
+        ):
             return
-        if torch.equal(x, candidate.x.detach()):
+        before = descent.point
+        descent.advance(inner)
+        if torch.equal(before, descent.point):
             monitor.stopped = "plateau"
             return
-    with torch.no_grad():
-        final = candidate.x.detach(), candidate.y.detach()
-    monitor.step(float(objective(*final).detach()), *shown(*final))
 
 
 def continuation(
