@@ -61,8 +61,9 @@ class History:
         self._steps[0, self._last], self._steps[1, self._last] = s, y
         self._last += 1
         new, size = len(self) - 1, len(self)
-        with_y = (self._window @ y).double()
-        self._sy[:size, new], self._yy[:size, new], self._yy[new, :size] = with_y[0], with_y[1], with_y[1]
+        steps, changes = self._window
+        self._sy[:size, new] = steps @ y
+        self._yy[:size, new] = self._yy[new, :size] = (changes @ y).double()
 
     def direction(self, gradient: Tensor) -> Tensor:
         """-H g for a gradient (n,); H is the identity where nothing is remembered.
@@ -73,20 +74,21 @@ class History:
         size = len(self)
         if size == 0:
             return -gradient
-        window, sy, yy = self._window, self._sy[:size, :size], self._yy[:size, :size]
-        of_s, of_y = (window @ gradient).double()
+        (steps, changes), sy, yy = self._window, self._sy[:size, :size], self._yy[:size, :size]
+        of_s, of_y = (steps @ gradient).double(), (changes @ gradient).double()
         scale = sy[-1, -1] / yy[-1, -1]
         u = torch.linalg.solve_triangular(sy, of_s[:, None], upper=True)
         right = sy.diagonal()[:, None] * u + scale * (yy @ u - of_y[:, None])
-        v = torch.linalg.solve_triangular(sy.T, right, upper=False)
-        weights = torch.stack([v, -scale * u])[:, :, 0].to(gradient)
-        found = (weights[:, None, :] @ window)[:, 0].sum(0)
-        return -(found + scale.to(gradient) * gradient)
+        v = torch.linalg.solve_triangular(sy.T, right, upper=False)[:, 0]
+        like = gradient.dtype
+        found = scale.to(like) * gradient + steps.T @ v.to(like) - changes.T @ (scale * u[:, 0]).to(like)
+        return -found
 
     @property
-    def _window(self) -> Tensor:
-        """(2, size, n), steps and changes, the oldest first."""
-        return self._steps[:, self._first : self._last]
+    def _window(self) -> tuple[Tensor, Tensor]:
+        """Steps and changes, (size, n) each, the oldest first."""
+        steps, changes = self._steps[:, self._first : self._last]
+        return steps, changes
 
 
 @dataclass(frozen=True)
