@@ -261,8 +261,11 @@ def _pixels(view: View) -> float:
 
 
 def _with_prior(distance: Matching, weight: float) -> Objective:
-    space, pixels = distance.view.victim.space, _pixels(distance.view)
-    return lambda x, y: distance(x, y) + weight * variation(space.decode(x)) / pixels
+    victim = distance.view.victim
+    space = victim.space
+    # a tensor, so that one compiled graph serves all weights
+    strength = torch.tensor(weight / _pixels(distance.view), dtype=victim.dtype, device=victim.device)
+    return lambda x, y: distance(x, y) + strength * variation(space.decode(x))
 
 
 def _explained(distance: Matching, x: Tensor, y: Tensor) -> bool:

@@ -8,7 +8,7 @@ descend it under the eyes of a `Monitor`, `continuation` one objective after ano
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -218,13 +218,15 @@ def lbfgs(
     target: float = 0.0,
     patience: int | None = None,
     shown: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = as_it_is,
+    descents: int = 1,
 ) -> None:
     """`iterations` times at most `inner` steps of L-BFGS (`leakaudit.attacks.quasi_newton`).
 
     Stops when a step no longer changes the candidate, besides what the monitor asks for, which gets
-    `shown(x, y)`.
+    `shown(x, y)`.  It is one of so many `descents` that share a graph: what one of them would not pay for
+    may be worth compiling for all.
     """
-    evaluate = evaluation(candidate, objective, monitor, iterations * inner)
+    evaluate = evaluation(candidate, objective, monitor, descents * iterations * inner)
     monitor.start(iterations, patience=patience, target=target)
     descent = QuasiNewton(
         lambda point: candidate.evaluated_at(point, evaluate),
@@ -250,7 +252,7 @@ def lbfgs(
 def continuation(
     x: Tensor,
     y: Tensor,
-    objectives: Iterable[Objective],
+    objectives: Sequence[Objective],
     monitor: Monitor,
     *,
     iterations: int,
@@ -259,14 +261,23 @@ def continuation(
 ) -> tuple[Tensor, Tensor]:
     """`lbfgs` on one objective after another, each from where the one before it ended; the last one's end.
 
-    Labels y are fixed, or free where they are probabilities (`Candidate.starting`).
+    Labels y are fixed, or free where they are probabilities (`Candidate.starting`).  Objectives that differ in the
+    numbers of tensors alone share one compiled graph.
 
     Ends early when the monitor's time is up.
     """
     for objective in objectives:
         monitor.forget_best()  # the loss of another objective is another loss
         candidate = Candidate.starting(x, y)
-        lbfgs(candidate, objective, monitor, iterations=iterations, patience=patience, history=history)
+        lbfgs(
+            candidate,
+            objective,
+            monitor,
+            iterations=iterations,
+            patience=patience,
+            history=history,
+            descents=len(objectives),
+        )
         if monitor.best_x is not None and monitor.best_y is not None:
             x, y = monitor.best_x, monitor.best_y
         if monitor.stopped == "budget":

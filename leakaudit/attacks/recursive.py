@@ -194,7 +194,10 @@ class Stage:
 
 
 def _with_prior(misfit: Callable[[Tensor], Tensor], weight: float, space: Pixels) -> Objective:
-    return lambda x, _: misfit(x) + weight * variation(space.decode(x))
+    strength = torch.tensor(
+        weight, dtype=torch.float64
+    )  # a tensor, so that one compiled graph serves all weights
+    return lambda x, _: misfit(x) + strength.to(x) * variation(space.decode(x))
 
 
 def features(view: View, generator: torch.Generator) -> tuple[Cut, Tensor, float]:
