@@ -34,8 +34,8 @@ from leakaudit.spec import parse
 from leakaudit.threat import View
 
 
-def authors(view: View, seed: int) -> Tensor:
-    """The published loop; returns its last image."""
+def authors(view: View, seed: int, seen: Callable[[Tensor], None] = lambda image: None) -> Tensor:
+    """The published loop; returns its last image.  `seen` gets the image after every iteration."""
     generator = fork(seed, "authors")
     model, params = view.victim.module, [p.clone().requires_grad_() for p in view.victim.params.values()]
     names = list(view.victim.params)
@@ -57,17 +57,18 @@ def authors(view: View, seed: int) -> Tensor:
         before = data.detach().clone()
         if not bool(optimizer.step(closure).isfinite()) or torch.equal(before, data):
             break  # nothing changes any more: the published loop would idle to the end
+        seen(data.detach())
     return data.detach()
 
 
-def ours(spec: str) -> Callable[[View, int], Tensor]:
-    """Best of the attack's own restarts by residual, as the audit runs them."""
+def ours(spec: str, monitor: Callable[[], Monitor] = Monitor) -> Callable[[View, int], Tensor]:
+    """Best of the attack's own restarts by residual, as the audit runs them, each under its own `monitor`."""
     attack = parse(spec, ATTACKS, "attack")
 
     def run(view: View, seed: int) -> Tensor:
         best: tuple[float, Tensor] | None = None
         for restart in range(attack.restarts):
-            found = attack.run(view, fork(seed, f"{spec}/{restart}"), Monitor())
+            found = attack.run(view, fork(seed, f"{spec}/{restart}"), monitor())
             residual = view.residual(found.x, found.y)
             if best is None or residual < best[0]:
                 best = residual, found.x
@@ -77,6 +78,15 @@ def ours(spec: str) -> Callable[[View, int], Tensor]:
         return best[1]
 
     return run
+
+
+def update_of(model: str, pixels: Tensor, seed: int) -> View:
+    """What the server sees of one step on `pixels` (N, 3, 32, 32); `seed` draws the model and the labels."""
+    plain = Normalisation(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    victim = load_victim(model, num_classes=100, normalisation=plain, seed=seed)
+    labels = torch.randint(100, (len(pixels),), generator=fork(seed, "labels"))
+    round = Round(num_examples=len(pixels))
+    return View(victim, round, client_update(victim, victim.params, round, pixels, labels).detach())
 
 
 def main() -> None:
@@ -90,15 +100,11 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     batch = load_batch(options.data, (3, 32, 32), options.seeds * options.batch)
-    plain = Normalisation(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     rows: dict[str, list[tuple[float, float]]] = {name: [] for name in options.attacks}
     for seed in range(options.seeds):
-        victim = load_victim(options.model, num_classes=100, normalisation=plain, seed=seed)
         rank = seed * options.batch
         pixels = batch.pixels[rank : rank + options.batch]
-        labels = torch.randint(100, (options.batch,), generator=fork(seed, "labels"))
-        round = Round(num_examples=options.batch)
-        view = View(victim, round, client_update(victim, victim.params, round, pixels, labels).detach())
+        view = update_of(options.model, pixels, seed)
         for name in options.attacks:
             began = time.process_time()
             found = authors(view, seed) if name == "authors" else ours(name)(view, seed)

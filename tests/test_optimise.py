@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
@@ -10,8 +11,20 @@ from tiny_audits import private_batch, victim_of, view_of
 from torch import Tensor
 
 from leakaudit.attacks.base import Monitor
+from leakaudit.attacks.compiling import Compiler, Function
+from leakaudit.attacks.gradient_matching import WithVariation
+from leakaudit.attacks.graphs import record
 from leakaudit.attacks.matching import cosine, squared, statistics_distance, total_variation
-from leakaudit.attacks.optimise import Candidate, Matching, Objective, adam, continuation, geometric, lbfgs
+from leakaudit.attacks.optimise import (
+    Candidate,
+    Matching,
+    Objective,
+    adam,
+    continuation,
+    geometric,
+    lbfgs,
+    value_and_gradient,
+)
 from leakaudit.threat import known
 
 LABELS = torch.tensor([1])
@@ -288,3 +301,34 @@ def test_a_continuation_ends_with_the_time() -> None:
 def test_geometric_steps() -> None:
     assert geometric(1e-2, 1e-8, 4) == pytest.approx([1e-2, 1e-4, 1e-6, 1e-8], rel=1e-5)
     assert geometric(5.0, 500.0, 1) == pytest.approx([5.0])
+
+
+def test_the_stages_of_a_continuation_share_one_compiled_graph() -> None:
+    """Recorded, not compiled: equal keys are what makes them share."""
+    distance = Matching(view_of(victim_of("smooth")), "relative")
+    x, labels = private_batch()
+    stages = [WithVariation(distance, weight) for weight in (1e-1, 1e-4)]
+    keys = {record(value_and_gradient(stage), (x, labels)).key for stage in stages}
+    assert len(keys) == 1
+    values = [float(stage(x, labels)) for stage in stages]
+    assert values[0] > values[1], "and still weigh differently"
+
+
+def test_a_continuation_plans_for_all_of_its_stages() -> None:
+    planned: list[int] = []
+
+    class Planned(Compiler):
+        def prepare(
+            self,
+            function: Function,
+            arguments: Sequence[Tensor],
+            evaluations: int,
+            seconds_left: float | None = None,
+        ) -> Function:
+            planned.append(evaluations)
+            return function
+
+    monitor = Monitor(compiler=Planned())
+    objectives = [bowl_at(centre, []) for centre in (1.0, 2.0)]
+    continuation(torch.zeros(1, 1, 2, 2), LABELS, objectives, monitor, iterations=5, patience=3)
+    assert planned == [2 * 5 * 20, 2 * 5 * 20]

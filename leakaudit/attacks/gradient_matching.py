@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -323,8 +324,14 @@ class WithVariation:
         own = self.distance.prior(x, y)
         return self._variation(x) if own is None else own + self._variation(x)
 
+    @cached_property
+    def _strength(self) -> Tensor:
+        """Of the prior's sum, as a tensor, so that one compiled graph serves all weights."""
+        victim = self.view.victim
+        return torch.tensor(self.weight / _pixels(self.view), dtype=victim.dtype, device=victim.device)
+
     def _variation(self, x: Tensor) -> Tensor:
-        return self.weight * variation(self.view.victim.space.decode(x)) / _pixels(self.view)
+        return self._strength * variation(self.view.victim.space.decode(x))
 
 
 def _explained(distance: Matching, x: Tensor, y: Tensor) -> bool:

@@ -8,10 +8,10 @@ descend it under the eyes of a `Monitor`, `continuation` one objective after ano
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from leakaudit.attacks.matching import (
     statistics_distance,
     total_variation,
 )
+from leakaudit.attacks.quasi_newton import QuasiNewton
 from leakaudit.attacks.single_backward import (
     central_difference,
     forward_over_reverse,
@@ -76,7 +77,7 @@ class Candidate:
     def variables(self) -> list[Tensor]:
         return [self.x] if self.logits is None else [self.x, self.logits]
 
-    def move_to(self, variables: Sequence[Tensor]) -> None:
+    def take(self, variables: Sequence[Tensor]) -> None:
         """Take these values for every variable."""
         with torch.no_grad():
             for variable, value in zip(self.variables, variables, strict=True):
@@ -89,7 +90,24 @@ class Candidate:
     def descend_along(self, gradients: Sequence[Tensor]) -> None:
         """Put the gradient of every variable where an optimizer finds it."""
         for variable, gradient in zip(self.variables, gradients, strict=True):
-            variable.grad = gradient.contiguous()  # L-BFGS flattens it with view
+            variable.grad = gradient.contiguous()
+
+    @property
+    def point(self) -> Tensor:
+        """All variables as one vector (n,), a copy."""
+        return torch.cat([variable.detach().flatten() for variable in self.variables])
+
+    def move_to(self, point: Tensor) -> None:
+        """Give the variables the numbers of a vector like `point`."""
+        parts = torch.split(point, [variable.numel() for variable in self.variables])
+        self.take([part.view_as(own) for own, part in zip(self.variables, parts, strict=True)])
+
+    def evaluated_at(self, point: Tensor, evaluate: Callable[[], Tensor]) -> tuple[float, Tensor]:
+        """The value there and its gradient (n,), for what evaluates at the variables and leaves gradients there."""
+        self.move_to(point)
+        value = float(evaluate())
+        gradients = [variable.grad for variable in self.variables]
+        return value, torch.cat([g.flatten() for g in gradients if g is not None])
 
 
 Objective = Callable[[Tensor, Tensor], Tensor]
@@ -259,41 +277,41 @@ def lbfgs(
     target: float = 0.0,
     patience: int | None = None,
     shown: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = as_it_is,
+    descents: int = 1,
 ) -> None:
-    """`iterations` calls of torch's L-BFGS, each of at most `inner` steps.
+    """`iterations` times at most `inner` steps of L-BFGS (`leakaudit.attacks.quasi_newton`).
 
     Stops when a step no longer changes the candidate, besides what the monitor asks for, which gets
-    `shown(x, y)`.
+    `shown(x, y)`.  It is one of so many `descents` that share a graph: what one of them would not pay for
+    may be worth compiling for all.
     """
-    optimizer = torch.optim.LBFGS(
-        candidate.variables,
-        lr=learning_rate,
-        max_iter=inner,
-        history_size=history,
-        line_search_fn="strong_wolfe" if line_search else None,
-        tolerance_grad=0.0,
-        tolerance_change=0.0,
-    )
-
-    closure = evaluation(candidate, objective, monitor, iterations * inner)
+    evaluate = evaluation(candidate, objective, monitor, descents * iterations * inner)
     monitor.start(iterations, patience=patience, target=target)
-    for _ in range(iterations):
-        x, y = candidate.x.detach().clone(), candidate.y.detach()
-        loss = float(cast(Any, optimizer).step(closure))
-        if monitor.step(loss, *shown(x, y)):
+    descent = QuasiNewton(
+        lambda point: candidate.evaluated_at(point, evaluate),
+        candidate.point,
+        learning_rate=learning_rate,
+        history=history,
+        line_search=line_search,
+    )
+    for step in range(iterations + 1):
+        candidate.move_to(descent.point)
+        if (
+            monitor.step(descent.value, *shown(candidate.x.detach(), candidate.y.detach()))
+            or step == iterations
+        ):
             return
-        if torch.equal(x, candidate.x.detach()):
+        before = descent.point
+        descent.advance(inner)
+        if torch.equal(before, descent.point):
             monitor.stopped = "plateau"
             return
-    with torch.no_grad():
-        final = candidate.x.detach(), candidate.y.detach()
-    monitor.step(float(objective(*final).detach()), *shown(*final))
 
 
 def continuation(
     x: Tensor,
     y: Tensor,
-    objectives: Iterable[Objective],
+    objectives: Sequence[Objective],
     monitor: Monitor,
     *,
     iterations: int,
@@ -302,14 +320,23 @@ def continuation(
 ) -> tuple[Tensor, Tensor]:
     """`lbfgs` on one objective after another, each from where the one before it ended; the last one's end.
 
-    Labels y are fixed, or free where they are probabilities (`Candidate.starting`).
+    Labels y are fixed, or free where they are probabilities (`Candidate.starting`).  Objectives that differ in the
+    numbers of tensors alone share one compiled graph.
 
     Ends early when the monitor's time is up.
     """
     for objective in objectives:
         monitor.forget_best()  # the loss of another objective is another loss
         candidate = Candidate.starting(x, y)
-        lbfgs(candidate, objective, monitor, iterations=iterations, patience=patience, history=history)
+        lbfgs(
+            candidate,
+            objective,
+            monitor,
+            iterations=iterations,
+            patience=patience,
+            history=history,
+            descents=len(objectives),
+        )
         if monitor.best_x is not None and monitor.best_y is not None:
             x, y = monitor.best_x, monitor.best_y
         if monitor.stopped == "budget":
@@ -366,4 +393,4 @@ def adam(
         state = State.of(tensors[moved:])
     else:
         watch.flush()
-    candidate.move_to(measured)
+    candidate.take(measured)

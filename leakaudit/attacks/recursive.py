@@ -21,10 +21,10 @@ where R-GAP stops at rank deficient layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -33,14 +33,16 @@ from torch.func import vmap
 
 from leakaudit.attacks.base import Monitor, Reconstruction, require_at_least_one, require_falling
 from leakaudit.attacks.chain import Link, links, pieces, tensors_of
+from leakaudit.attacks.convolution import Convolution, ConvolutionEquations
 from leakaudit.attacks.head import head_consistency, head_gradient, relative_precision, rms
-from leakaudit.attacks.jacobian import Buckets, Piece, whole
+from leakaudit.attacks.jacobian import Buckets, Piece, lower_gram, whole
 from leakaudit.attacks.labels import infer_labels
 from leakaudit.attacks.matching import variation
 from leakaudit.attacks.optimise import Objective, continuation, geometric
 from leakaudit.attacks.smoothing import RoundCorners
 from leakaudit.models.spaces import Pixels
 from leakaudit.models.victim import cross_entropy_sum
+from leakaudit.randomness import fork
 from leakaudit.threat import View
 
 WIDEST = 1e-2
@@ -52,6 +54,10 @@ SAFETY = 4.0
 ROUND_WEIGHTS = (3e-1, 1e-3)
 SHARPNESS = (5.0, 500.0)
 """Prior's weight and sharpness of corners, from the first stage with round corners to the last."""
+EXACTLY = 1024
+"""Unknowns of which the standard errors are computed; of more, they are estimated."""
+SAMPLES = 256
+"""For estimates of standard errors."""
 CHUNK_NUMBERS = 2**24
 """Numbers of gradients to hold at once."""
 
@@ -187,7 +193,10 @@ class Stage:
 
 
 def _with_prior(misfit: Callable[[Tensor], Tensor], weight: float, space: Pixels) -> Objective:
-    return lambda x, _: misfit(x) + weight * variation(space.decode(x))
+    strength = torch.tensor(
+        weight, dtype=torch.float64
+    )  # a tensor, so that one compiled graph serves all weights
+    return lambda x, _: misfit(x) + strength.to(x) * variation(space.decode(x))
 
 
 def features(view: View, generator: torch.Generator) -> tuple[Cut, Tensor, float]:
@@ -363,10 +372,11 @@ class Layers:
         equations = int(known.sum()) + sum(self._observed[name].numel() for name in names)
         if count * size > self._limit or equations < count * size:
             return None
-        basis = torch.eye(size, dtype=cut.low.dtype, device=cut.low.device).reshape(size, *shape)
-        forward = self._forward(run, basis, cut, known)
-        backward = self._backward(run, names, basis, cut)
-        solution = _least_squares([*forward, *backward], count * size)
+        systems: Sequence[Equations] = self._convolved(run, cut, known)
+        if not systems:
+            basis = torch.eye(size, dtype=cut.low.dtype, device=cut.low.device).reshape(size, *shape)
+            systems = [*self._forward(run, basis, cut, known), *self._backward(run, names, basis, cut)]
+        solution = _least_squares(systems, cut.low.new_zeros(count * size))
         if solution is None:
             return None
         value, error = (numbers.reshape(count, *shape) for numbers in solution)
@@ -376,7 +386,24 @@ class Layers:
         (gradient,) = torch.autograd.grad(self._run(run, {}, leaf), leaf, cut.gradient)
         return Cut.around(value, SAFETY * error, gradient)
 
-    def _forward(self, run: list[Link], basis: Tensor, cut: Cut, known: Tensor) -> list[Equations]:
+    def _convolved(self, run: list[Link], cut: Cut, known: Tensor) -> list[ConvolutionEquations]:
+        """The equations of a run that is one convolution; none for another one."""
+        convolution = Convolution.of(run[0], self._tensors) if len(run) == 1 else None
+        if convolution is None:
+            return []
+        zero = cut.low.new_zeros(1, *run[0].incoming)
+        with torch.no_grad():
+            output = (cut.low + cut.high) / 2 - self._run(run, {}, zero)
+        weight = torch.where(known, 2 / (cut.high - cut.low).clamp(min=1e-300), 0.0)
+        gradient, error = None, math.inf
+        if convolution.name in self._observed:
+            gradient = self._observed[convolution.name]
+            surplus = gradient.numel() / (len(cut.low) * zero.numel())
+            # what exceeds the unknowns is not taken to add precision: the gradient handed down has errors too
+            error = self._error(convolution.name) * math.sqrt(max(1.0, surplus))
+        return [ConvolutionEquations(convolution, output, weight, cut.gradient, gradient, 1 / error)]
+
+    def _forward(self, run: list[Link], basis: Tensor, cut: Cut, known: Tensor) -> list[DenseEquations]:
         """A a = z for the numbers known at the cut, an entry for each example."""
         with torch.no_grad():
             offset = self._run(run, {}, 0 * basis[:1])
@@ -386,10 +413,10 @@ class Layers:
             weight = 2 / (high - low).clamp(min=1e-300)[use]
             target = ((low + high) / 2 - offset[0])[use] * weight
             left = matrix[use.flatten()] * weight[:, None]
-            found.append(Equations(left, target, slice(row * size, (row + 1) * size)))
+            found.append(DenseEquations(left, target, slice(row * size, (row + 1) * size)))
         return found
 
-    def _backward(self, run: list[Link], names: list[str], basis: Tensor, cut: Cut) -> list[Equations]:
+    def _backward(self, run: list[Link], names: list[str], basis: Tensor, cut: Cut) -> list[DenseEquations]:
         """The weight gradients, which are affine in the input: one system for the whole batch.
 
         Far more of them than unknowns are added up in signed random buckets.
@@ -415,7 +442,7 @@ class Layers:
             target = target - constant
             columns = vmap(gradients, chunk_size=max(1, CHUNK_NUMBERS // numbers))(basis) - constant
             blocks.append(columns.T * weights[:, None])
-        return [Equations(torch.cat(blocks, 1), target * weights, slice(None))]
+        return [DenseEquations(torch.cat(blocks, 1), target * weights, slice(None))]
 
     def _error(self, name: str) -> float:
         """Standard error of a number of this gradient: rounding, and the noise that is known."""
@@ -437,34 +464,61 @@ class Layers:
         }
 
 
+class Equations(Protocol):
+    """J a = t, each divided by its standard error, for unknowns a (U,)."""
+
+    def add_to(self, normal: Tensor) -> None:
+        """Add J^T J, of which the lower triangle is enough, to (U, U)."""
+
+    def pull(self, value: Tensor) -> Tensor:
+        """J^T (t - J a) at a = `value`, (U,) -> (U,)."""
+
+
 @dataclass(frozen=True)
-class Equations:
-    """matrix (E, U) @ a[columns] = target (E,), each divided by its standard error."""
+class DenseEquations:
+    """matrix (E, u) @ a[columns] = target (E,)."""
 
     matrix: Tensor
     target: Tensor
     columns: slice
 
+    def add_to(self, normal: Tensor) -> None:
+        normal[self.columns, self.columns] += lower_gram(self.matrix.T)
 
-def _least_squares(systems: list[Equations], unknowns: int) -> tuple[Tensor, Tensor] | None:
-    """The solution (U,) and its standard errors (U,) by the equations' own errors; None when singular."""
-    like = systems[0].matrix
-    normal = like.new_zeros(unknowns, unknowns)
+    def pull(self, value: Tensor) -> Tensor:
+        found = torch.zeros_like(value)
+        found[self.columns] = self.matrix.T @ (self.target - self.matrix @ value[self.columns])
+        return found
+
+
+def _least_squares(systems: Sequence[Equations], start: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The solution (U,), from `start`, and its standard errors (U,) by the equations' own; None when singular."""
+    normal = start.new_zeros(len(start), len(start))
     for system in systems:
-        normal[system.columns, system.columns] += system.matrix.T @ system.matrix
+        system.add_to(normal)
     scale = normal.diagonal().clamp(min=1e-300).rsqrt()
-    factor, failed = torch.linalg.cholesky_ex(normal * scale[:, None] * scale)
+    factor, failed = torch.linalg.cholesky_ex(normal.mul_(scale[:, None]).mul_(scale))
     if int(failed):
         return None
-    value = like.new_zeros(unknowns)
+    value = start
     for _ in range(2):  # the second time it refines the first
-        rest = torch.zeros_like(value)
-        for system in systems:
-            misfit = system.target - system.matrix @ value[system.columns]
-            rest[system.columns] += system.matrix.T @ misfit
+        rest = torch.stack([system.pull(value) for system in systems]).sum(0)
         value = value + torch.cholesky_solve((rest * scale)[:, None], factor)[:, 0] * scale
-    variance = torch.cholesky_inverse(factor).diagonal() * scale.square()
+    variance = _inverse_diagonal(factor) * scale.square()
     return (value, variance.sqrt()) if bool((variance > 0).all()) else None
+
+
+def _inverse_diagonal(factor: Tensor) -> Tensor:
+    """That of (L L^T)^-1 for the lower triangle L (n, n); for many rows to 9 %.
+
+    L^-T e with independent signs e has the wanted covariance, and `SAMPLES` of them its diagonal.
+    """
+    if len(factor) <= EXACTLY:
+        return torch.cholesky_inverse(factor).diagonal()
+    generator = fork(0, "standard errors", factor.device)
+    shape = (len(factor), SAMPLES)
+    signs = torch.randint(0, 2, shape, generator=generator, device=factor.device).to(factor) * 2 - 1
+    return torch.linalg.solve_triangular(factor.T, signs, upper=True).square().mean(1)
 
 
 def invert(function: Callable[[Tensor], Tensor], cut: Cut, reach: float = 40.0) -> Cut | None:

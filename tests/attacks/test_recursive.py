@@ -12,7 +12,16 @@ from torch import Tensor, nn
 
 from leakaudit.attacks.base import Monitor
 from leakaudit.attacks.chain import links, tensors_of
-from leakaudit.attacks.recursive import Cut, Equations, Layers, Recursive, _least_squares, features, invert
+from leakaudit.attacks.recursive import (
+    Cut,
+    DenseEquations,
+    Layers,
+    Recursive,
+    _inverse_diagonal,
+    _least_squares,
+    features,
+    invert,
+)
 from leakaudit.models.spaces import Pixels
 from leakaudit.models.victim import Victim
 from leakaudit.models.vision import Activation, LeNet, initialise_uniform
@@ -172,13 +181,46 @@ def test_least_squares_against_numpy() -> None:
     whole = torch.randn(12, 5, generator=generator, dtype=torch.float64)
     part = torch.randn(4, 2, generator=generator, dtype=torch.float64)
     first, second = (torch.randn(n, generator=generator, dtype=torch.float64) for n in (12, 4))
-    solution = _least_squares([Equations(whole, first, slice(None)), Equations(part, second, slice(3, 5))], 5)
+    systems = [DenseEquations(whole, first, slice(None)), DenseEquations(part, second, slice(3, 5))]
+    solution = _least_squares(systems, torch.zeros(5, dtype=torch.float64))
     assert solution is not None
     matrix = torch.cat([whole, torch.cat([torch.zeros(4, 3, dtype=torch.float64), part], 1)]).numpy()
     wanted = np.linalg.lstsq(matrix, torch.cat([first, second]).numpy(), rcond=None)[0]
     np.testing.assert_allclose(solution[0].numpy(), wanted)
     np.testing.assert_allclose(solution[1].numpy() ** 2, np.diag(np.linalg.inv(matrix.T @ matrix)))
-    assert _least_squares([Equations(part, second, slice(0, 2))], 5) is None, "three numbers in no equation"
+    alone = [DenseEquations(part, second, slice(0, 2))]
+    assert _least_squares(alone, torch.zeros(5, dtype=torch.float64)) is None, "three numbers in no equation"
+
+
+def test_standard_errors_of_many_unknowns_are_estimated() -> None:
+    rows = torch.randn(1400, 1100, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    factor = torch.linalg.cholesky(rows.T @ rows)
+    ratio = _inverse_diagonal(factor) / torch.cholesky_inverse(factor).diagonal()
+    assert float(ratio.mean()) == pytest.approx(1, abs=0.02)
+    assert 0.05 < float(ratio.std()) < 0.15, "a share of about sqrt(2 / 256)"
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "relu"])
+def test_a_convolution_in_closed_form_gives_the_same_values_as_its_matrix(
+    activation: str, small_photos: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    view = capture(small_photos[:1], activation=activation).to(dtype=torch.float64)
+    chain = links(view.victim)
+
+    def solved() -> Cut:
+        cut, _, factor = features(view, fork(0, "f"))
+        return Layers(view, chain, factor, 8192, fork(0, "l")).descend(cut).cut
+
+    quick = solved()
+    monkeypatch.setattr(Layers, "_convolved", lambda *_: [])
+    plain = solved()
+    known = plain.low.isfinite() & plain.high.isfinite()
+    half = ((plain.high - plain.low) / 2)[known]
+    apart = (quick.low + quick.high - plain.low - plain.high)[known] / 2
+    assert float((apart / half).square().mean()) < 0.25, "both within their standard errors"
+    ratio = (quick.high - quick.low)[known] / half / 2
+    assert 0.5 < float(ratio.min()) <= float(ratio.max()) < 1.5
+    torch.testing.assert_close(quick.gradient, plain.gradient, rtol=1e-4, atol=1e-8)
 
 
 def test_inverses_of_activations() -> None:
