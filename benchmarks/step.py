@@ -47,6 +47,8 @@ from leakaudit.rounds import Round, client_update
 from leakaudit.threat import Knowledge, View, known
 
 LEARNING_RATE, TV = 0.1, 0.2
+MODELS = {"lenet": "lenet:init=uniform"}
+"""As breaching initialises them, where that is not our default."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ def compare(
 
 
 def observe(model: str, batch: int, options: argparse.Namespace) -> tuple[View, Tensor]:
-    victim = load_victim(model, num_classes=10, mode="eval", seed=0).to(options.device)
+    victim = load_victim(MODELS.get(model, model), num_classes=10, mode="eval", seed=0).to(options.device)
     pixels = load_batch(options.data, (3, 32, 32), batch).pixels.to(options.device)
     labels = torch.arange(batch, device=options.device) % 10
     round = Round(batch)

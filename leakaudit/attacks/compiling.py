@@ -41,7 +41,8 @@ class Costs:
     Attributes:
         operation: of each operation when eager, its launch.
         flop: of each floating point operation.
-        compiling: of each operation when compiled.
+        compiling: of each operation when compiled; half of what the first time takes, because TorchInductor keeps
+            what it made on disk and later processes need a tenth of that.
         saved: share of an eager evaluation that compiling saves.
     """
 
@@ -55,7 +56,7 @@ class Costs:
         return evaluations * eager * self.saved > self.seconds(recorded)
 
     def seconds(self, recorded: Recorded) -> float:
-        """That compiling takes when nothing of it is on disk yet."""
+        """That compiling takes."""
         return recorded.operations * self.compiling
 
 
