@@ -41,7 +41,7 @@ from leakaudit.attacks.matching import total_variation
 from leakaudit.attacks.optimise import Matching, of_each, value_and_gradient
 from leakaudit.data import load_batch
 from leakaudit.metrics import match, mse
-from leakaudit.models.zoo import load_victim
+from leakaudit.models.zoo import NORMALISATIONS, load_victim
 from leakaudit.randomness import fork
 from leakaudit.rounds import Round, client_update
 from leakaudit.threat import Knowledge, View, known
@@ -143,7 +143,9 @@ def compare(
 
 
 def observe(model: str, batch: int, options: argparse.Namespace) -> tuple[View, Tensor]:
-    victim = load_victim(MODELS.get(model, model), num_classes=10, mode="eval", seed=0).to(options.device)
+    victim = load_victim(
+        MODELS.get(model, model), num_classes=10, normalisation=NORMALISATIONS["cifar10"], mode="eval", seed=0
+    ).to(options.device)
     pixels = load_batch(options.data, (3, 32, 32), batch).pixels.to(options.device)
     labels = torch.arange(batch, device=options.device) % 10
     round = Round(batch)
