@@ -60,9 +60,10 @@ class Timed(Compiler):
         arguments: Sequence[Tensor],
         evaluations: int,
         seconds_left: float | None = None,
+        compared: int | None = None,
     ) -> Function:
         began = cpu_seconds()
-        found = super().prepare(function, arguments, evaluations, seconds_left)
+        found = super().prepare(function, arguments, evaluations, seconds_left, compared)
         self.spent.append(cpu_seconds() - began)
         return found
 

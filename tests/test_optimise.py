@@ -324,6 +324,7 @@ def test_a_continuation_plans_for_all_of_its_stages() -> None:
             arguments: Sequence[Tensor],
             evaluations: int,
             seconds_left: float | None = None,
+            compared: int | None = None,
         ) -> Function:
             planned.append(evaluations)
             return function
