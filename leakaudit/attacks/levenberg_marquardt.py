@@ -29,8 +29,7 @@ from leakaudit.attacks.gradient_matching import assumed_labels
 from leakaudit.attacks.jacobian import Columns, Spectrum, System, gram_gigabytes, plan
 from leakaudit.attacks.krylov import Linear, Solver, Work
 from leakaudit.attacks.labels import infer_labels
-from leakaudit.attacks.matching import cosine, total_variation
-from leakaudit.attacks.optimise import Candidate, adam
+from leakaudit.attacks.optimise import Candidate, Matching, adam
 from leakaudit.randomness import fork
 from leakaudit.rounds import client_update
 from leakaudit.threat import View
@@ -397,14 +396,10 @@ def warm_start(problem: Problem, candidate: Candidate, steps: int, monitor: Moni
     Deviation: plain Adam with cosine decay, because signs keep small pixels from settling.
     """
     view = problem.system.view
-
-    def objective(x: Tensor, y: Tensor) -> Tensor:
-        return cosine(view.simulate(x, y), view.observed) + 1e-4 * total_variation(x)
-
     relay = _Relay(monitor, problem)
     adam(
         candidate,
-        objective,
+        Matching(view, "cosine", tv=1e-4),
         relay,
         iterations=steps,
         learning_rate=0.1,
