@@ -85,11 +85,7 @@ class Candidate:
 
     def differentiate(self, loss: Tensor) -> None:
         """Put the gradient of `loss` where an optimizer finds it, and nowhere else."""
-        self.descend_along(torch.autograd.grad(loss, self.variables))
-
-    def descend_along(self, gradients: Sequence[Tensor]) -> None:
-        """Put the gradient of every variable where an optimizer finds it."""
-        for variable, gradient in zip(self.variables, gradients, strict=True):
+        for variable, gradient in zip(self.variables, torch.autograd.grad(loss, self.variables), strict=True):
             variable.grad = gradient.contiguous()
 
     @property
@@ -97,17 +93,10 @@ class Candidate:
         """All variables as one vector (n,), a copy."""
         return torch.cat([variable.detach().flatten() for variable in self.variables])
 
-    def move_to(self, point: Tensor) -> None:
-        """Give the variables the numbers of a vector like `point`."""
-        parts = torch.split(point, [variable.numel() for variable in self.variables])
-        self.take([part.view_as(own) for own, part in zip(self.variables, parts, strict=True)])
-
-    def evaluated_at(self, point: Tensor, evaluate: Callable[[], Tensor]) -> tuple[float, Tensor]:
-        """The value there and its gradient (n,), for what evaluates at the variables and leaves gradients there."""
-        self.move_to(point)
-        value = float(evaluate())
-        gradients = [variable.grad for variable in self.variables]
-        return value, torch.cat([g.flatten() for g in gradients if g is not None])
+    def parts(self, point: Tensor) -> list[Tensor]:
+        """The numbers of a vector like `point` in the shapes of the variables."""
+        flat = torch.split(point, [variable.numel() for variable in self.variables])
+        return [part.view_as(own) for own, part in zip(self.variables, flat, strict=True)]
 
 
 Objective = Callable[[Tensor, Tensor], Tensor]
@@ -115,25 +104,22 @@ Objective = Callable[[Tensor, Tensor], Tensor]
 
 def evaluation(
     candidate: Candidate, objective: Objective, monitor: Monitor, evaluations: int
-) -> Callable[[], Tensor]:
-    """What returns the objective's value at the candidate, a scalar, and leaves its gradient there.
+) -> Callable[[Tensor], tuple[float, Tensor]]:
+    """What takes a vector like `Candidate.point` to the objective's value there and its gradient (n,).
 
     Compiled where `evaluations`, the most that will follow, are worth it to the monitor's compiler.
     """
     free = candidate.logits is not None
-    second = candidate.logits if candidate.logits is not None else candidate.labels
-    assert second is not None
-    arguments = (candidate.x, second)
-    point = [argument.detach() for argument in arguments]
-    differentiated, how = differentiable(objective, point, free)
-    quick = monitor.compiler.prepare(differentiated, point, evaluations, monitor.seconds_left)
+    labels = () if candidate.labels is None else (candidate.labels,)
+    here = [tensor.detach() for tensor in (*candidate.variables, *labels)]
+    differentiated, how = differentiable(objective, here, free)
+    quick = monitor.compiler.prepare(differentiated, here, evaluations, monitor.seconds_left)
     if how:
         monitor.compiler.step += f", {how}"
 
-    def evaluate() -> Tensor:
-        loss, *gradients = quick(*(argument.detach() for argument in arguments))
-        candidate.descend_along(gradients)
-        return loss
+    def evaluate(point: Tensor) -> tuple[float, Tensor]:
+        loss, *gradients = quick(*candidate.parts(point), *labels)
+        return float(loss), torch.cat([gradient.flatten() for gradient in gradients])
 
     return evaluate
 
@@ -285,17 +271,17 @@ def lbfgs(
     `shown(x, y)`.  It is one of so many `descents` that share a graph: what one of them would not pay for
     may be worth compiling for all.
     """
-    evaluate = evaluation(candidate, objective, monitor, descents * iterations * inner)
+    evaluated = evaluation(candidate, objective, monitor, descents * iterations * inner)
     monitor.start(iterations, patience=patience, target=target)
     descent = QuasiNewton(
-        lambda point: candidate.evaluated_at(point, evaluate),
+        evaluated,
         candidate.point,
         learning_rate=learning_rate,
         history=history,
         line_search=line_search,
     )
     for step in range(iterations + 1):
-        candidate.move_to(descent.point)
+        candidate.take(candidate.parts(descent.point))
         if (
             monitor.step(descent.value, *shown(candidate.x.detach(), candidate.y.detach()))
             or step == iterations

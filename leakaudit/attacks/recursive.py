@@ -193,9 +193,8 @@ class Stage:
 
 
 def _with_prior(misfit: Callable[[Tensor], Tensor], weight: float, space: Pixels) -> Objective:
-    strength = torch.tensor(
-        weight, dtype=torch.float64
-    )  # a tensor, so that one compiled graph serves all weights
+    # a tensor, so that one compiled graph serves all weights
+    strength = torch.tensor(weight, dtype=torch.float64)
     return lambda x, _: misfit(x) + strength.to(x) * variation(space.decode(x))
 
 
