@@ -28,6 +28,7 @@ from leakaudit.inspection import Inspection
 from leakaudit.judgement import DISCRETE, floor_control, judge
 from leakaudit.media import Medium, medium_of
 from leakaudit.metrics import DEFAULT_METRICS
+from leakaudit.numerics import faithful
 from leakaudit.outcomes import Outcome
 from leakaudit.policy import DEFAULT_POLICY, Policy, parse_policy
 from leakaudit.results import (
@@ -102,6 +103,11 @@ def audit(
     Ctrl-C ends the attack in progress and keeps its best candidate; the result says so.  Finished
     attempts lie in `folder`/attempts and are read back by the next run of the same audit.
     """
+    with faithful(subject.view.victim.device):
+        return _audit(subject, settings, folder, on_progress)
+
+
+def _audit(subject: Subject, settings: Settings, folder: Path, on_progress: OnProgress | None) -> AuditResult:
     began = time.monotonic()
     plan, medium = settings.plan, subject.medium
     share = None if plan.budget is None else SWEEP_SHARE * plan.budget

@@ -49,6 +49,7 @@ from leakaudit.formats.run_models import MODELS
 from leakaudit.media import medium_of
 from leakaudit.models.victim import Victim
 from leakaudit.models.zoo import LANGUAGE, load_victim, parse_normalisation
+from leakaudit.numerics import faithful
 from leakaudit.progress import OnStep
 from leakaudit.randomness import fork
 from leakaudit.report.folder import REPORT_NAME
@@ -179,7 +180,8 @@ def run_in(
         on_step=on_step,
     )
     try:
-        interrupted = _run(simulation, system)
+        with faithful(world.task.victim.device):
+            interrupted = _run(simulation, system)
     except InputError:
         forget(folder)  # so that another try needs no --force
         raise

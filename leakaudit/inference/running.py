@@ -14,6 +14,7 @@ from leakaudit.inference_results import INFERENCE_NAME, InferenceResult, parse_l
 from leakaudit.media import medium_of
 from leakaudit.models.victim import Mode
 from leakaudit.models.zoo import load_victim, parse_normalisation
+from leakaudit.numerics import faithful
 from leakaudit.progress import OnTrial
 from leakaudit.subject import pick_device, private_source
 
@@ -89,7 +90,8 @@ def infer(
     ).to(pick_device(device))
     wanted = None if candidates is None or reference is None else candidates + reference
     records = medium_of(victim).load(source, victim, wanted, start=start, max_length=max_length, seed=seed)
-    result = infer_membership(victim, records, round, parts, plan, on_trial)
+    with faithful(victim.device):
+        result = infer_membership(victim, records, round, parts, plan, on_trial)
     if path is not None:
         write_atomically(path, result.to_json().encode())
     return result

@@ -21,11 +21,12 @@ from leakaudit.inspection import Inspection
 from leakaudit.judgement import NOUNS, nearness, was_cut
 from leakaudit.media import medium_of
 from leakaudit.models.victim import Victim
+from leakaudit.numerics import faithful
 from leakaudit.policy import Policy, parse_policy
 from leakaudit.randomness import fork
 from leakaudit.report.folder import write_run
 from leakaudit.results import AuditResult, ExampleScores, Trial
-from leakaudit.subject import inspected
+from leakaudit.subject import inspected, pick_device
 from leakaudit.sweep.protocols import round_of
 from leakaudit.sweep.setup import Setup, load_examples, load_model, load_pool, shared_compiler
 from leakaudit.sweep.work import one_line
@@ -76,7 +77,8 @@ class RunJob:
         folder.mkdir(parents=True, exist_ok=True)
         began = time.monotonic()
         try:
-            run = self._audited(folder)
+            with faithful(pick_device(self.setup.device)):
+                run = self._audited(folder)
         except Exception as error:  # one failed run is not the end of the sweep
             text = traceback.format_exc()
             write_atomically(folder / ERROR_NAME, text.encode("utf-8", "replace"))

@@ -15,8 +15,10 @@ from leakaudit.bounds import target_bounds
 from leakaudit.defenses.naming import parse_defense
 from leakaudit.media import medium_of
 from leakaudit.models.victim import Victim
+from leakaudit.numerics import faithful
 from leakaudit.randomness import fork
 from leakaudit.results import Value
+from leakaudit.subject import pick_device
 from leakaudit.sweep.config import BoundOptions
 from leakaudit.sweep.jobs import look, shared_update
 from leakaudit.sweep.protocols import round_of
@@ -50,7 +52,8 @@ class UtilityJob:
         return _stored(root, self.key, Utility)
 
     def execute(self, root: Path) -> Utility:
-        return _keep(root, self.key, self._measured, self.failed)
+        with faithful(pick_device(self.setup.device)):
+            return _keep(root, self.key, self._measured, self.failed)
 
     def failed(self, error: str) -> Utility:
         return Utility(protocol=self.protocol, defense=self.defense, accuracy=None, failed=True, reason=error)
@@ -97,7 +100,8 @@ class BoundJob:
         return _stored(root, self.key, Bounds)
 
     def execute(self, root: Path) -> Bounds:
-        return _keep(root, self.key, self._computed, self.failed)
+        with faithful(pick_device(self.setup.device)):
+            return _keep(root, self.key, self._computed, self.failed)
 
     def failed(self, error: str) -> Bounds:
         failure = Bound(
