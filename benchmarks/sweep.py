@@ -46,7 +46,7 @@ from leakaudit.models.zoo import load_victim
 
 HERE = Path(__file__).parent
 CONFIG, QUICK = HERE / "sweeps" / "efficiency.toml", HERE / "sweeps" / "efficiency_quick.toml"
-TIMES = {"created", "seconds", "environment", "command", "config", "history"}
+TIMES = {"created", "seconds", "compiling", "environment", "command", "config", "history"}
 SAMPLE_SECONDS = 2.0
 WARM_STEPS = 20
 

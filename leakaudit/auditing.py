@@ -108,7 +108,7 @@ def audit(
 
 
 def _audit(subject: Subject, settings: Settings, folder: Path, on_progress: OnProgress | None) -> AuditResult:
-    began = time.monotonic()
+    began, compiled_before = time.monotonic(), settings.compiler.seconds
     plan, medium = settings.plan, subject.medium
     share = None if plan.budget is None else SWEEP_SHARE * plan.budget
     view, sweep = medium.settle(subject.view, plan.seed, progress(on_progress, "unknown facts"), share)
@@ -149,6 +149,7 @@ def _audit(subject: Subject, settings: Settings, folder: Path, on_progress: OnPr
         verdict=_judge(subject, settings, trials, best, controls, findings, skipped),
         truth_known=subject.truth is not None,
         seconds=time.monotonic() - began,
+        compiling=settings.compiler.seconds - compiled_before,
         environment=environment(view.victim.device),
         files=subject.files,
         interrupted=any(trial.status == "interrupted" for trial in trials),

@@ -270,7 +270,8 @@ class RoundSummary(Value):
 
 
 class AuditResult(Value):
-    """The whole audit.  `best` is the index in `trials` of the one with the smallest residual."""
+    """The whole audit.  `best` is the index in `trials` of the one with the smallest residual; `compiling` is how
+    many of its `seconds` went into compiling attacks."""
 
     schema_version: Literal[1] = 1
     created: str
@@ -289,6 +290,7 @@ class AuditResult(Value):
     verdict: Verdict
     truth_known: bool
     seconds: float
+    compiling: float = 0.0
     environment: dict[str, str]
     files: dict[str, str] = Field(default_factory=dict)
     interrupted: bool = False

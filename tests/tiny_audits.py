@@ -128,7 +128,7 @@ def runner(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], 
     return run
 
 
-TIMES = ("created", "seconds", "command")
+TIMES = ("created", "seconds", "compiling", "command")
 
 
 def timeless(result: AuditResult) -> dict[str, Any]:

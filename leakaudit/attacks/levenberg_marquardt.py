@@ -367,7 +367,7 @@ class _Relay(Monitor):
     """Passes the steps of a warm start on to `outer`, with the loss of `problem` in place of their own."""
 
     def __init__(self, outer: Monitor, problem: Problem) -> None:
-        super().__init__(frames=2)
+        super().__init__(frames=2, compiler=outer.compiler)
         self._outer, self._problem, self._count = outer, problem, 0
 
     def start(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from leakaudit import spec
 from leakaudit.attacks.base import Monitor
+from leakaudit.attacks.compiling import Compiler, Function
 from leakaudit.attacks.jacobian import System
 from leakaudit.attacks.levenberg_marquardt import (
     LevenbergMarquardt,
@@ -211,6 +212,22 @@ def test_warm_start_runs_after_a_stall() -> None:
     found = replace(ATTACK, warm_start=30, iterations=5).run(view, fork(0, "attack"), Monitor())
     assert found.details["warm_start"]
     assert found.iterations > 6
+
+
+def test_the_warm_start_is_compiled_where_the_audit_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    view, _, _ = capture(Round(1), activation="relu")
+    asked: list[tuple[Compiler, int]] = []
+
+    def prepare(
+        self: Compiler, function: Function, arguments: Any, evaluations: int, *_: Any, **__: Any
+    ) -> Function:
+        asked.append((self, evaluations))
+        return function
+
+    monkeypatch.setattr(Compiler, "prepare", prepare)
+    compiler = Compiler("auto")
+    replace(ATTACK, warm_start=30, iterations=5).run(view, fork(0, "attack"), Monitor(compiler=compiler))
+    assert (compiler, 30) in asked
 
 
 def test_applies_reasons_with_figures() -> None:

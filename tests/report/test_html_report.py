@@ -135,6 +135,13 @@ def test_findings_come_worst_first_and_attacks_best_first(folders: dict[str, Pat
     assert attacks.index(">dlg ") < attacks.index(">inverting-gradients") < attacks.index(">idlg")
 
 
+def test_time_spent_on_compiling_is_said(folders: dict[str, Path]) -> None:
+    run = read_run(folders["one"])
+    compiled = run.model_copy(update={"compiling": 13.0})
+    assert "13 s of it for compiling" in render_html(compiled, folders["one"])
+    assert "compiling" not in render_html(run, folders["one"])
+
+
 def encoded(path: Path) -> str:
     return base64.b64encode(path.read_bytes()).decode()
 
