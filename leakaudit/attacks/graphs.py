@@ -33,7 +33,10 @@ from leakaudit.attacks.compiling import Function
 Values = tuple[Tensor, ...]
 
 UNFOLDED = 2**21
-"""Most numbers of a convolution's patches for which a product is formed instead."""
+"""Most numbers of a convolution's patches for which a product is formed instead, of one image."""
+UNFOLDED_BATCH = 2**17
+"""The same of several images, for which libraries have fast kernels (docs/performance/maths.md): a LeNet's
+convolutions are products up to batch 4, a ResNet-18's only at batch 1."""
 STRIDED = 2**16
 """Most of them for which patches are strided views: they fuse better than F.unfold on a LeNet (a step of 0.52 against
 0.65 ms at batch 1), worse on a ResNet-18 (176 against 170 ms)."""
@@ -74,7 +77,7 @@ def _convolve(
         (x.shape[2 + i] + 2 * pads[i] - dilations[i] * (kernel[i] - 1) - 1) // strides[i] + 1 for i in (0, 1)
     )
     count, places = len(x), len(x) * height * width
-    if weight[0].numel() * places > UNFOLDED:
+    if weight[0].numel() * places > (UNFOLDED if count == 1 else UNFOLDED_BATCH):
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     patches = _patches(x, kernel, strides, pads, dilations, weight[0].numel() * places).reshape(-1, places)
     products = weight.reshape(len(weight), -1) @ patches
