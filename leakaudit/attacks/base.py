@@ -208,7 +208,7 @@ class Monitor:
         if self.best_x is None or self.best_y is None:
             raise RuntimeError("the matching loss was never finite")
         strip = [*self.strip]
-        if not strip or strip[-1][1] > self.best_loss:
+        if not strip or not torch.equal(strip[-1][2], self.best_x.cpu()):
             strip.append((self.iteration, self.best_loss, self.best_x.cpu()))
         history = [*self.history]
         return Reconstruction(

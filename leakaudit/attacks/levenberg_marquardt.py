@@ -118,10 +118,10 @@ class LevenbergMarquardt:
             point = warm_start(problem, candidate, self.warm_start, monitor)
             end = self._descend(problem, point, monitor)
         smoothed = self._smooth(problem, end, monitor)
-        found = monitor.result(stopped=end.stopped)
         if smoothed is not None:
-            x, y = problem.system.split(smoothed.point)
-            found = replace(found, x=x, y=y, loss=smoothed.loss)
+            monitor.forget_best()
+            monitor.step(smoothed.loss, *problem.system.split(smoothed.point))
+        found = monitor.result(stopped=end.stopped)
         details: dict[str, Any] = {"labels": source, "warm_start": warm, "smoothed": smoothed is not None}
         details |= {"equations": len(problem.system.target), "unknowns": problem.system.unknowns}
         details |= {"jacobians": problem.work.jacobians, "products": problem.work.products}

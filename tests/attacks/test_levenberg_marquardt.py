@@ -179,6 +179,7 @@ def test_rank_deficiency_is_filled_with_the_smoothest_solution() -> None:
     assert error(smooth.x, x) < error(rough.x, x) / 16
     assert view.residual(smooth.x.float(), y) < 1e-5
     assert smooth.loss < 1e-12
+    assert torch.equal(smooth.strip[-1][2], smooth.x), "the film ends with what is shown"
 
 
 def test_same_generator_same_result() -> None:
