@@ -27,6 +27,7 @@ HOST = torch.device("cpu")
 
 # ------------------------------------------------------------------ memory, lent through DLPack
 
+AS_STRIDED = torch.ops.aten.as_strided.default
 EXTENSION, CPU = 12, 1
 """DLPack's numbers for the device that PyTorch calls PrivateUse1, and for the CPU."""
 
@@ -45,7 +46,10 @@ def _moved(tensor: Tensor, device_type: int) -> Tensor:
     """A tensor on the memory of another, which lives as long as it does, and said to be elsewhere."""
     capsule = torch._C._to_dlpack(tensor)
     _Loan.from_address(_content(capsule, b"dltensor")).device_type = device_type
-    return torch._C._from_dlpack(capsule)
+    moved = torch._C._from_dlpack(capsule)
+    if moved.stride() == tensor.stride():
+        return moved
+    return _view(AS_STRIDED)(moved, tensor.shape, tensor.stride())  # DLPack makes strides of one element 1
 
 
 def lent(tensor: Tensor) -> Tensor:
@@ -57,7 +61,10 @@ def on_host(tensor: Tensor) -> Tensor:
     """A CPU tensor on the memory of one of the device; an empty one is new, so that it may grow."""
     if not tensor.numel():
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-    return _moved(tensor, CPU)
+    alias = _view(AS_STRIDED)(
+        tensor, tensor.shape, tensor.stride()
+    )  # it keeps the memory when `tensor.data` is set
+    return _moved(alias, CPU)
 
 
 # ------------------------------------------------------------------ operations
@@ -65,9 +72,22 @@ def on_host(tensor: Tensor) -> Tensor:
 COPIES = {"copy_", "_copy_from", "_copy_from_and_resize", "_to_copy", "copy"}
 INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
 """Operations whose second argument, the indices, may stay on the CPU."""
-NUMBERS = {"fill_", "fill", "masked_fill", "masked_fill_", "index_fill", "index_fill_", "index_put", "index_put_"}
+NUMBERS = {
+    "fill_",
+    "fill",
+    "masked_fill",
+    "masked_fill_",
+    "index_fill",
+    "index_fill_",
+    "index_put",
+    "index_put_",
+}
 """Operations that are not pointwise and take a CPU number beside tensors of the device."""
 UNTOUCHED = {"is_pinned", "_pin_memory", "record_stream", "set_data", "_has_compatible_shallow_copy_type"}
+UNTOUCHED |= {
+    "_new_zeros_with_same_feature_meta",
+    "_has_same_storage_numel",
+}  # of the storage, not of the tensor
 
 
 def simulated(value: Any) -> bool:
@@ -98,6 +118,10 @@ def _zeros(size: Any, **options: Any) -> Tensor:
 
 
 PLAIN = {"_efficientzerotensor": _zeros}
+
+
+def _is_geometry(op: torch._ops.OpOverload) -> bool:
+    return _is_view(op) or torch.Tag.inplace_view in op.tags
 
 
 class Kernel:
@@ -138,7 +162,7 @@ class Kernel:
             results = self._op(*map(host, arguments), **{name: host(value) for name, value in named.items()})
             for tensor in filter(simulated, written):
                 copy = loans[id(tensor)][1]
-                if tensor.shape != copy.shape or tensor.data_ptr() != copy.data_ptr():
+                if tensor.data_ptr() != copy.data_ptr() or tensor.stride() != copy.stride():
                     tensor.data = lent(copy)  # `out=` and `resize_` let it grow
             mine = {id(copy): tensor for tensor, copy in loans.values()}
 
@@ -230,17 +254,39 @@ def installed() -> Iterator[torch.device]:
     _library.append(library)
     for name in torch._C._dispatch_get_all_op_names():
         base, _, overload = name.removeprefix("aten::").partition(".")
-        if not name.startswith("aten::") or base in UNTOUCHED or _has_kernel(name, "CompositeImplicitAutograd"):
+        if (
+            not name.startswith("aten::")
+            or base in UNTOUCHED
+            or _has_kernel(name, "CompositeImplicitAutograd")
+        ):
             continue
         op = getattr(getattr(torch.ops.aten, base), overload or "default", None)
-        if op is None or (_is_view(op) and _has_kernel(name, "CompositeExplicitAutograd")):
+        if op is None or (_is_geometry(op) and _has_kernel(name, "CompositeExplicitAutograd")):
             continue
         kernel = PLAIN.get(base) or (_view(op) if _is_view(op) else Kernel(op))
         library.impl(op, kernel, "PrivateUse1")
+    torch.nn.Module._apply = _apply  # type: ignore[method-assign]
     torch.Generator = Generator  # type: ignore[misc]
     Tensor.__deepcopy__ = _deepcopy  # type: ignore[method-assign]
     with Generators():
         yield torch.device(NAME, 0)
+
+
+_apply_at_host = torch.nn.Module._apply
+
+
+def _apply(module: torch.nn.Module, *arguments: Any) -> torch.nn.Module:
+    """Between the CPU and CUDA PyTorch moves a parameter in place, and what is tied stays so; here it replaces it."""
+    places: dict[Tensor, list[tuple[torch.nn.Module, str]]] = {}
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                places.setdefault(parameter, []).append((part, name))
+    _apply_at_host(module, *arguments)
+    for (first, own), *tied in places.values():
+        for part, name in tied:
+            part._parameters[name] = first._parameters[own]
+    return module
 
 
 _deepcopy_at_host = Tensor.__deepcopy__
