@@ -182,6 +182,7 @@ def attack_cases() -> Iterator[tuple[str, Case]]:
             yield f"attack {name}, {model} {task}", on_text(name, model, task, 0)
     for name in ("bag-of-tokens", "span-check"):
         yield f"attack {name}, two sentences", on_text(name, "bert", "classification", 0, 1)
+    yield "attack span-check, three sentences", on_text("span-check", "bert", "classification", 0, 1, 2)
     for name in ("position-rows", "span-check"):
         yield f"attack {name}, noise", on_text(name, "bert", "classification", 0, noise=1e-3)
 
