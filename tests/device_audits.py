@@ -31,11 +31,11 @@ import text_rounds
 import tiny_audits
 import torch
 from scipy.optimize import linear_sum_assignment
-from test_contracts import ATTACKS, DEFENSES, IMAGE_ATTACKS, SHORT, TEXT_ATTACKS, suitable
+from test_contracts import ATTACKS, DEFENSES, IMAGE_ATTACKS, MODELS, SHORT, TEXT_ATTACKS, small, suitable
 from test_defense_contract import SPECS
 from tiny_sweeps import values
 from tiny_text import BERT, TEXTS
-from torch import Tensor
+from torch import Tensor, nn
 
 import leakaudit
 from leakaudit import verification
@@ -43,15 +43,18 @@ from leakaudit.attacks import graphs, krylov, racing
 from leakaudit.attacks.base import Attack, Monitor
 from leakaudit.attacks.compiling import Compiler
 from leakaudit.attacks.graphs import Compiled, Recorded
+from leakaudit.attacks.optimise import Matching
+from leakaudit.attacks.single_backward import central_difference, forward_over_reverse
 from leakaudit.bundled import sentences
 from leakaudit.capture import capture
 from leakaudit.data import PrivateBatch, photo_folder
-from leakaudit.defenses import DPSGD, apply
+from leakaudit.defenses import apply, dp_sgd
 from leakaudit.defenses.naming import adapted, parse_defense
 from leakaudit.federated.leakage import audit_runs
 from leakaudit.federated.options import SYSTEMS
 from leakaudit.inference import INFERENCES
 from leakaudit.inference.running import infer
+from leakaudit.models.victim import Victim
 from leakaudit.randomness import fork
 from leakaudit.rounds import Round, client_update
 from leakaudit.scenario import Scenario
@@ -70,7 +73,15 @@ def short(spec: str, iterations: int = 4) -> Attack:
     """The attack with few iterations, and one of what is itself an optimisation."""
     attack = parse(spec, ATTACKS)
     options = {field.name for field in fields(attack) if field.init}  # type: ignore[arg-type]
-    changes = {**SHORT, "iterations": iterations, "tuning": 2, "warm_start": 2, "starts": 2, "every": 1}
+    changes = {
+        **SHORT,
+        "iterations": iterations,
+        "tuning": 2,
+        "warm_start": 2,
+        "starts": 2,
+        "every": 1,
+        "stages": 2,
+    }
     given = {part.partition("=")[0] for part in spec.partition(":")[2].split(",")}
     return replace(
         attack,
@@ -120,10 +131,20 @@ def tiny_batch(victim: Any) -> Tensor:
 
 
 def on_images(
-    spec: str, model: str = "smooth", mode: str = "eval", round: Round | None = None, **facts: Any
+    spec: str,
+    model: str = "smooth",
+    mode: str = "eval",
+    round: Round | None = None,
+    noise: float = 0.0,
+    **facts: Any,
 ) -> Case:
     def case(device: torch.device) -> Any:
-        view = tiny_audits.view_of(tiny_audits.victim_of(model, mode), round, **facts)  # type: ignore[arg-type]
+        victim = OWN[model]() if model in OWN else tiny_audits.victim_of(model, mode)  # type: ignore[arg-type]
+        view = tiny_audits.view_of(victim, round, **facts)
+        if noise:
+            torch.manual_seed(0)
+            noisy = view.observed.map(lambda tensor: tensor + noise * torch.randn_like(tensor))
+            view = replace(view, observed=noisy, spread=dict.fromkeys(noisy, noise))
         return attacked(spec, view.to(device))
 
     return case
@@ -158,6 +179,62 @@ def recorded(spec: str, model: str = "smooth", mode: str = "eval") -> Case:
     return case
 
 
+def ended(case: Case) -> Case:
+    """Whatever it finds: a long way over kinks ends elsewhere after another rounding."""
+    return lambda device: case(device) and None
+
+
+def pooled() -> Victim:
+    """Convolutions behind ReLUs, and a maximum of them."""
+    torch.manual_seed(0)
+    layers = (
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(8, 24, 3, padding=1),
+        nn.ReLU(),
+    )
+    return Victim.of(nn.Sequential(*layers, nn.Flatten(), nn.Linear(384, 5)), tiny_audits.SPACE, 5)
+
+
+def leaky() -> Victim:
+    """Whose layers can be undone one by one."""
+    torch.manual_seed(0)
+    layers = (
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.LeakyReLU(0.2),
+        nn.Conv2d(16, 16, 3, 2, padding=1),
+        nn.LeakyReLU(0.2),
+    )
+    return Victim.of(nn.Sequential(*layers, nn.Flatten(), nn.Linear(256, 5)), tiny_audits.SPACE, 5)
+
+
+OWN = {"pooled": pooled, "leaky": leaky}
+
+
+def without_double_backward(way: Callable[..., Any]) -> Case:
+    """The gradient of the distance by one of the ways that do without."""
+
+    def case(device: torch.device) -> Any:
+        view = tiny_audits.view_of(tiny_audits.victim_of("smooth"), Round(2)).to(device)
+        x = view.victim.space.sample(2, fork(0, "x", device))
+        return way(Matching(view, "cosine"), False)(x, torch.tensor([1, 2], device=device))
+
+    return case
+
+
+def updated(name: str) -> Case:
+    """A model's update, and its length differentiated."""
+
+    def case(device: torch.device) -> Any:
+        victim = small(name).to(device)
+        x = victim.probe(2).requires_grad_()
+        update = client_update(victim, victim.params, Round(2), x, torch.tensor([0, 1], device=device))
+        return {**update.detach()}, torch.autograd.grad(update.norm(), x)[0]
+
+    return case
+
+
 def attack_cases() -> Iterator[tuple[str, Case]]:
     """Every attack, and what only some settings reach."""
     for name in IMAGE_ATTACKS:
@@ -166,7 +243,6 @@ def attack_cases() -> Iterator[tuple[str, Case]]:
         yield f"attack {name}", on_contract(name, "inferred", 1)
     two = Round(2)
     yield "attack linear, two images", on_images("linear", "mlp", round=two)
-    yield "attack levenberg-marquardt, two images", on_images("levenberg-marquardt", round=two)
     yield (
         "attack inverting-gradients, batch statistics",
         on_images("inverting-gradients", "norm", "train", two),
@@ -175,6 +251,10 @@ def attack_cases() -> Iterator[tuple[str, Case]]:
         "attack inverting-gradients, without a scale",
         on_images("inverting-gradients", scale=known(False, "test")),
     )
+    yield "attack recursive, leaky", on_images("recursive", "leaky")
+    yield "attack levenberg-marquardt, too few equations", on_images("levenberg-marquardt", "narrow")
+    yield "gradient forward over reverse", without_double_backward(forward_over_reverse)
+    yield "gradient by differences", without_double_backward(central_difference)
     yield "attack inverting-gradients, raced starts", on_images("inverting-gradients:starts=4")
     yield "attack inverting-gradients, recorded", recorded("inverting-gradients")
     for model, task in (("bert", "mlm"), ("gpt2", "causal-lm")):
@@ -189,9 +269,12 @@ def attack_cases() -> Iterator[tuple[str, Case]]:
 
 def slow_attack_cases() -> Iterator[tuple[str, Case]]:
     two, steps = Round(2), Round(2, 3, learning_rate=0.1)
+    yield "attack recursive, maxima", ended(on_images("recursive", "pooled"))
+    yield "attack tv-path, noise", on_images("tv-path:iterations=3", noise=1e-3)
+    yield "attack idlg, noise", on_images("idlg", noise=1e-2)
     for name in (*IMAGE_ATTACKS, *TEXT_ATTACKS):
         yield f"attack {name}, labels known", on_contract(name, "known", 4 if name in IMAGE_ATTACKS else 1)
-    for name in ("recursive", "tv-path", "idlg", "dlg", "inverting-gradients"):
+    for name in ("recursive", "levenberg-marquardt", "tv-path", "idlg", "dlg", "inverting-gradients"):
         yield f"attack {name}, two images", on_images(name, round=two)
     for name in ("levenberg-marquardt", "idlg", "inverting-gradients", "tuned-inverting-gradients"):
         yield f"attack {name}, local steps", on_images(name, round=steps)
@@ -228,10 +311,7 @@ def defended(spec: str) -> Case:
         simulated = view.simulate(x, y if view.soft is None else soft)
         gradient = torch.autograd.grad(simulated.norm(), x)[0]
         found = attacked("inverting-gradients:iterations=2", view)
-        drawn_there = any(
-            isinstance(defense, DPSGD) for defense in chain
-        )  # noise of the device's own generator
-        return None if drawn_there else ({**observed}, {**simulated.detach()}, gradient, found)
+        return {**observed}, {**simulated.detach()}, gradient, found
 
     return case
 
@@ -289,6 +369,25 @@ def audited(text: bool, attacks: Sequence[str], **options: Any) -> Case:
     return case
 
 
+def overheard(*attacks: str) -> Case:
+    """A client that uploads its BatchNorm's averages too."""
+
+    def case(device: torch.device) -> Any:
+        with working_folder():
+            leakaudit.capture_update(
+                "models.py:norm", photo_folder(), "update.safetensors", save_model="model.safetensors", mode="train",
+                buffers=True, batch_size=2, input_shape=tiny_audits.SHAPE, num_classes=5, normalisation="cifar10",
+            )  # fmt: skip
+            result = leakaudit.attack(
+                "update.safetensors", "models.py:norm", checkpoint="model.safetensors", attacks=attacks,
+                device=str(device), out="out", controls=False,
+            )  # fmt: skip
+            assert not [trial for trial in result.trials if trial.status == "failed"], result.trials
+            return plain(result)
+
+    return case
+
+
 def looked(text: bool) -> Case:
     def case(device: torch.device) -> Any:
         with working_folder() as folder:
@@ -315,13 +414,15 @@ def captured(spec: str, mode: str) -> Case:
 def swept(**changes: Any) -> Case:
     def case(device: torch.device) -> Any:
         with working_folder() as folder:
-            config = build_config({**values(folder, **changes), "device": str(device)})
+            pictures(folder / "data.npz", 24)
+            data = None if "text" in changes else "data.npz"
+            config = build_config({**values(folder, data=data, **changes), "device": str(device)})
             return plain(leakaudit.defend(config))
 
     return case
 
 
-def simulated(system: str, *defenses: str) -> Case:
+def simulated(system: str, *defenses: str, model: str = "mlp") -> Case:
     """A training of three steps, the views it records, and the closed form against them."""
 
     def case(device: torch.device) -> Any:
@@ -329,12 +430,12 @@ def simulated(system: str, *defenses: str) -> Case:
         with working_folder() as folder:
             pictures(folder / "data.npz", 40)
             scenario = Scenario(
-                model="models.py:mlp",
+                model=f"models.py:{model}",
                 data="data.npz",
                 input_shape=tiny_audits.SHAPE,
                 num_classes=5,
                 clients=8,
-                steps=3,
+                steps=6 if system == "dts" else 3,
                 every=1,
                 defense=defenses,
                 record="all",
@@ -345,7 +446,7 @@ def simulated(system: str, *defenses: str) -> Case:
                 [folder / "run"],
                 attacks=("linear",),
                 device=str(device),
-                model="models.py:mlp",
+                model=f"models.py:{model}",
                 out=folder / "leakage",
             )
             assert not [row.error for row in audit.rows if row.error]
@@ -354,7 +455,7 @@ def simulated(system: str, *defenses: str) -> Case:
     return case
 
 
-def inferred(text: bool) -> Case:
+def inferred(text: bool, trials: int = 1) -> Case:
     def case(device: torch.device) -> Any:
         with working_folder() as folder:
             pictures(folder / "data.npz", 16)
@@ -370,7 +471,7 @@ def inferred(text: bool) -> Case:
                 trait="long" if text else "bright",
                 candidates=8,
                 reference=8,
-                trials=2,
+                trials=trials,
                 device=str(device),
             )
             return plain(result)
@@ -418,6 +519,7 @@ def quick() -> dict[str, Case]:
     found |= {f"defense {name}": defended(name) for name in DEFENSES}
     found["audit images"] = audited(False, ["linear", "inverting-gradients:iterations=3"])
     found["audit text"] = audited(True, ["bag-of-tokens"])
+    found["audit batch statistics"] = overheard("inverting-gradients:iterations=3")
     found["inspect images"] = looked(False)
     found["inspect text"] = looked(True)
     found["capture"] = captured("gaussian-noise:std=1e-3", "train")
@@ -441,13 +543,19 @@ def slow() -> dict[str, Case]:
         bounds={},
     )
     found["sweep text"] = swept(
-        model=BERT, data=None, text="words.txt", task="mlm", images=1, input_shape=None, num_classes=None,
+        model=BERT, text="words.txt", task="mlm", images=1, input_shape=None, num_classes=None,
         metrics=None, fail_on=None, attacks=["bag-of-tokens"], defenses=["top-k"],
         utility={"steps": 2, "batch_size": 1, "seeds": 1, "holdout": 0.5}, bounds={},
     )  # fmt: skip
+    found["sweep privacy"] = swept(
+        images=1, defenses=["dp-sgd", "clip+gaussian-noise:std=0.1", "mixup", "soteria", "input-noise"],
+        protocols=["fedsgd:batch_size=2"], bounds={}, utility={"steps": 2, "batch_size": 4, "seeds": 1},
+    )  # fmt: skip
+    found |= {f"model {name}": updated(name) for name in MODELS}
     found |= {f"simulate {system}": simulated(system) for system in SYSTEMS if system != "fedavg"}
     found["simulate with clipped examples"] = simulated("fedavg", "clip-examples:max_grad_norm=0.1")
-    found["infer text"] = inferred(True)
+    found["simulate batch statistics"] = simulated("sync", model="norm")
+    found["infer text"] = inferred(True, trials=2)
     return found
 
 
@@ -461,9 +569,14 @@ def outcome(case: Case, device: torch.device) -> str:
 
 
 def choose_as_on_a_gpu() -> None:
-    """Let the CPU's runs take the choices of a GPU's: of what is faster where, results differ a little."""
+    """Let the CPU's runs take the choices of a GPU's: what is faster there, and noise from a generator of its own."""
     for costs in (krylov.UNKNOWNS_A_SOLVE, verification.FLOPS, racing.MEMORY, racing.LEAST):
         costs.pop("cpu")
+
+    def its_own(device: torch.device, generator: torch.Generator) -> torch.Generator:
+        return torch.Generator(device).manual_seed(int(torch.randint(2**62, (), generator=generator)))
+
+    dp_sgd._on = its_own
 
 
 def refusals(device: torch.device) -> dict[str, Callable[[], Any]]:
