@@ -238,7 +238,7 @@ def updated(name: str) -> Case:
 def attack_cases() -> Iterator[tuple[str, Case]]:
     """Every attack, and what only some settings reach."""
     for name in IMAGE_ATTACKS:
-        yield f"attack {name}", on_contract(name, "inferred", 4)
+        yield f"attack {name}", on_contract(name, "inferred", 2)
     for name in TEXT_ATTACKS:
         yield f"attack {name}", on_contract(name, "inferred", 1)
     two = Round(2)
@@ -467,7 +467,7 @@ def inferred(text: bool, trials: int = 1) -> Case:
                 **({"text": folder / "words.txt", "task": "mlm"} if text else own),
                 batch_size=2,
                 defenses=("gaussian-noise:std=1e-4",),
-                attacks=tuple(INFERENCES),
+                attacks=[f"{name}:updates=4" if name == "property" else name for name in INFERENCES],
                 trait="long" if text else "bright",
                 candidates=8,
                 reference=8,
