@@ -69,7 +69,9 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.zeros(1, device=name).device
+        probe = torch.zeros(1, device=name)
+        probe.item()  # "meta" holds no numbers
+        return probe.device
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {name!r} cannot be used: {first_line(error)}") from error
 

@@ -487,6 +487,7 @@ def test_bad_captures_write_nothing(options: tuple[str, ...], part: str, run: Ru
         (("--kind", "logits"), "kind='logits'"),
         (("--examples", "0"), "num_examples=0"),
         (("--device", "tpu9"), "device 'tpu9' cannot be used"),
+        (("--device", "meta"), "device 'meta' cannot be used"),
         (("--truth", "model.safetensors"), "is not a truth file"),
         (("--truth", "nowhere.safetensors"), "nowhere.safetensors"),
         (("--truth", "truth.safetensors", "--pool", "nowhere"), "nowhere"),

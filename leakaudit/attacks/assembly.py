@@ -348,9 +348,9 @@ class _Climb:
 
     def kicked(self, chosen: Tensor, here: Tensor, generator: torch.Generator) -> Tensor:
         """The sentence with some of its worst places drawn anew."""
-        prior = self.known.prior.cpu()
+        prior, here = (tensor.to(generator.device) for tensor in (self.known.prior, here))
         chosen = chosen.clone()
-        for place in torch.multinomial(here.cpu(), max(1, len(here) // 6), generator=generator).tolist():
+        for place in torch.multinomial(here, max(1, len(here) // 6), generator=generator).tolist():
             weights = (prior[place] / SPREAD).softmax(dim=0)
             chosen[place] = torch.multinomial(weights, 1, generator=generator)[0]
         return chosen

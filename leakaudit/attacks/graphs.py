@@ -254,25 +254,28 @@ class Replayed:
     """
 
     def __init__(self, function: Function, arguments: Sequence[Tensor]) -> None:
+        self._function = function  # the graph reads its constants where they lie, so they must not be freed
         self._inputs = [argument.detach().clone() for argument in arguments]
-        self._graph = torch.cuda.CUDAGraph()
         try:
-            aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):
-                for _ in range(3):  # lets libraries choose and allocate before anything is captured
-                    function(*self._inputs)
-            torch.cuda.current_stream().wait_stream(aside)
-            with torch.cuda.graph(self._graph):
-                self._outputs = function(*self._inputs)
+            with torch.cuda.device(arguments[0].device):  # else the streams are the first GPU's
+                self._graph = torch.cuda.CUDAGraph()
+                aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+                aside.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(aside):
+                    for _ in range(3):  # lets libraries choose and allocate before anything is captured
+                        function(*self._inputs)
+                torch.cuda.current_stream().wait_stream(aside)
+                with torch.cuda.graph(self._graph):
+                    self._outputs = function(*self._inputs)
         except RuntimeError as error:
             raise Untraceable(_line(error)) from error
 
     def __call__(self, *arguments: Tensor) -> Values:
-        for own, given in zip(self._inputs, arguments, strict=True):
-            own.copy_(given)
-        self._graph.replay()
-        return tuple(output.clone() for output in self._outputs)
+        with torch.no_grad(), torch.cuda.device(self._inputs[0].device):
+            for own, given in zip(self._inputs, arguments, strict=True):
+                own.copy_(given)
+            self._graph.replay()
+            return tuple(output.clone() for output in self._outputs)
 
 
 def _line(error: Exception) -> str:

@@ -482,7 +482,9 @@ class System:
     def probe(self, point: Tensor) -> int:
         """Compute the first few columns and drop them; how many.  For timing."""
         part, start = (self, point) if self.mean_of is None else (self._only(0), point[:1])
-        return len(next(part._columns(start)))
+        columns = next(part._columns(start))
+        columns[-1].sum().item()  # a GPU answers only when it is done
+        return len(columns)
 
     def seconds(self, point: Tensor) -> float:
         """About how long `jacobian` takes, from the first few columns."""

@@ -242,10 +242,12 @@ def _fit_scale(bias_gradient: Tensor, mean: Tensor, count: int) -> float:
     """The factor s for which N (mean p - db / s) lies nearest to integers >= 0.
 
     Classes without an example have db = s p, so the ratios db / p of the classes with db > 0,
-    of which most are absent from a batch smaller than the number of classes, are the candidates.
+    of which most are absent from a batch smaller than the number of classes, are the candidates.  Where pruning
+    left none of these, the sizes of all others must do.
     """
-    positive = bias_gradient > 0
-    ratios = (bias_gradient[positive] / mean[positive].clamp(min=1e-12)).sort().values
+    sizes = bias_gradient if bool((bias_gradient > 0).any()) else -bias_gradient
+    positive = sizes > 0
+    ratios = (sizes[positive] / mean[positive].clamp(min=1e-12)).sort().values
     around = torch.logspace(-1, 1, 81, dtype=torch.float64) * (ratios[0] * ratios[-1]).sqrt()
     grid = torch.cat([ratios.median()[None], ratios, around])
 

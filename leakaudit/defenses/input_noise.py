@@ -42,8 +42,8 @@ class InputNoise(Defense):
     def wrap(self, client: ClientUpdate, generator: torch.Generator) -> ClientUpdate:
         def defended(victim: Victim, params: Params, round: Round, x: Tensor, y: Tensor) -> Update:
             require_images(victim, "input-noise")
-            noise = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
-            space = victim.space
+            drawn = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=generator.device)
+            space, noise = victim.space, drawn.to(x.device)
             return client(victim, params, round, space.encode(space.decode(x) + self.std * noise), y)
 
         return defended

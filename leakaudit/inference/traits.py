@@ -51,8 +51,8 @@ def has_trait(victim: Victim, records: Records, name: str) -> Tensor:
         raise InputError(f"unknown property {name!r}{suggest(name, known)}; known here: {', '.join(known)}")
     x = victim.space.decode(records.x) if isinstance(victim.space, Pixels) else records.x
     values = known[name](x).double()
-    classes = records.y if records.y.dim() == 1 else torch.zeros(len(records), dtype=torch.int64)
-    above = torch.zeros(len(records), dtype=torch.bool)
+    classes = records.y if records.y.dim() == 1 else torch.zeros_like(values, dtype=torch.int64)
+    above = torch.zeros_like(values, dtype=torch.bool)
     for label in torch.unique(classes):
         rows = classes == label
         above[rows] = values[rows] > values[rows].quantile(0.5)

@@ -145,6 +145,16 @@ def test_no_head_is_an_input_error(photos: Tensor) -> None:
         infer_labels(partial, fork(0, "labels"))
 
 
+def test_pruning_that_leaves_only_the_classes_in_the_batch(photos: Tensor) -> None:
+    """Without a scale, which the absent classes would tell."""
+    x, y = photos[:2], torch.tensor([1, 3])
+    view = make_view(convnet(5), x, y, 5, scale=17.0)
+    name = view.victim.classifier().bias
+    pruned = {key: tensor.clamp(max=0.0) if key == name else tensor for key, tensor in view.observed.items()}
+    found = infer_labels(replace(view, observed=Update(pruned)), fork(0, "labels"))
+    assert sorted(found.labels.tolist()) == [1, 3]
+
+
 def test_consistency_proves_the_checkpoint_the_scale_and_the_features(photos: Tensor) -> None:
     torch.manual_seed(0)
     module = convnet(10)
