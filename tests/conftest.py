@@ -27,10 +27,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
-    if not os.environ.get("LEAKAUDIT_ONLINE"):
-        for item in items:
-            if item.get_closest_marker("online"):
-                item.add_marker(pytest.mark.skip(reason="set LEAKAUDIT_ONLINE=1 to use the network"))
+    for marker, variable, what in (
+        ("online", "LEAKAUDIT_ONLINE", "to use the network"),
+        ("thorough", "LEAKAUDIT_THOROUGH", "to wait for some minutes more"),
+    ):
+        if not os.environ.get(variable):
+            for item in items:
+                if item.get_closest_marker(marker):
+                    item.add_marker(pytest.mark.skip(reason=f"set {variable}=1 {what}"))
 
 
 @pytest.fixture(autouse=True)

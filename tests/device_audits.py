@@ -272,7 +272,7 @@ def attack_cases() -> Iterator[tuple[str, Case]]:
         yield f"attack {name}, noise", on_text(name, "bert", "classification", 0, noise=1e-3)
 
 
-def slow_attack_cases() -> Iterator[tuple[str, Case]]:
+def thorough_attack_cases() -> Iterator[tuple[str, Case]]:
     two, steps = Round(2), Round(2, 3, learning_rate=0.1)
     for name in LONG:
         yield f"attack {name}", on_contract(name, "inferred", 1)
@@ -537,9 +537,9 @@ def quick() -> dict[str, Case]:
     return found
 
 
-def slow() -> dict[str, Case]:
+def thorough() -> dict[str, Case]:
     """What takes minutes more."""
-    found = dict(slow_attack_cases())
+    found = dict(thorough_attack_cases())
     found |= {f"defense {spec}": defended(spec) for spec in SPECS if spec not in DEFENSES}
     found["audit text, two attacks"] = audited(True, ["bag-of-tokens", "span-check"])
     found["sweep protocols"] = swept(
@@ -616,10 +616,10 @@ def refused(attempt: Callable[[], Any]) -> str:
 
 
 def main(asked: str, *parts: str) -> None:
-    """Run "quick", "slow" or "all" cases whose name holds one of the parts, or all of them."""
+    """Run "quick", "thorough" or "all" cases whose name holds one of the parts, or all of them."""
     torch.set_num_threads(1)
     choose_as_on_a_gpu()
-    chosen = {"quick": quick, "slow": slow, "all": lambda: quick() | slow()}[asked]()
+    chosen = {"quick": quick, "thorough": thorough, "all": lambda: quick() | thorough()}[asked]()
     with simulated_device.installed() as device:
         checks: dict[str, Callable[[], str]] = {
             f"refuses {name}": partial(refused, attempt) for name, attempt in refusals(device).items()

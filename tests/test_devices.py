@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import simulated_device
-from device_audits import quick, slow
+from device_audits import quick, thorough
 
 SCRIPT = Path(__file__).with_name("device_audits.py")
 
@@ -43,8 +43,8 @@ def test_a_device_finds_what_the_cpu_finds(name: str) -> None:
     assert not outcomes("quick")[name], outcomes("quick")[name]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", slow())
+@pytest.mark.parametrize("name", thorough())
 def test_a_device_finds_what_the_cpu_finds_in_rarer_settings(name: str) -> None:
-    assert not outcomes("slow")[name], outcomes("slow")[name]
+    assert not outcomes("thorough")[name], outcomes("thorough")[name]
