@@ -170,7 +170,7 @@ def assemble(view: View, rows: Rows, generator: torch.Generator, monitor: Monito
     rest, current = view, rows
     count = view.round.num_examples
     while len(found) < count and current.length and len(current.tokens):
-        search = _Search.of(rest, current, generator)
+        search = _Search.of(rest, current, generator, view.observed)
         if search is None:
             break
         (sentence, distance), *others = search.any_length(found, monitor)
@@ -179,7 +179,7 @@ def assemble(view: View, rows: Rows, generator: torch.Generator, monitor: Monito
             break
         if sentence in found:  # its share was not taken out as it should have been
             break
-        peeled = _peel(rest, sentence, current, len(rows.outputs), count)
+        peeled = _peel(rest, sentence, current, len(rows.outputs), view)
         found += [sentence] * min(peeled.copies, count - len(found))
         if monitor.late:
             break
@@ -212,10 +212,10 @@ class _Search:
     count: int
 
     @classmethod
-    def of(cls, view: View, rows: Rows, generator: torch.Generator) -> _Search | None:
-        """None where a layer's span excludes nothing."""
+    def of(cls, view: View, rows: Rows, generator: torch.Generator, whole: Update) -> _Search | None:
+        """None where a layer's span excludes nothing; `whole` is what the client shared."""
         victim = language(view)
-        first, second = (attention_span(victim, view.observed, layer, rows.noise) for layer in (0, 1))
+        first, second = (attention_span(victim, view.observed, layer, rows.noise, whole) for layer in (0, 1))
         if first is None or second is None or not first.tests or not second.tests:
             return None
         known = candidates(victim, rows, first)
@@ -369,15 +369,15 @@ class _Peeled:
     copies: int
 
 
-def _peel(view: View, sentence: list[int], rows: Rows, labelled: int, count: int) -> _Peeled:
-    """Take a sentence's share out of the update, its label being the one that leaves the lowest rank in the
-    second layer (a wrong one leaves what the sentence spans), then the shortest update.
+def _peel(view: View, sentence: list[int], rows: Rows, labelled: int, whole: View) -> _Peeled:
+    """Take a sentence's share out of what is left of the update, its label being the one that leaves the lowest
+    rank in the second layer (a wrong one leaves what the sentence spans), then the shortest update.
 
     Args:
         labelled: labelled places of the whole batch, in masked language models.
-        count: sentences of the whole batch.
+        whole: the view of the whole batch.
     """
-    victim = language(view)
+    victim, count = language(view), whole.round.num_examples
     x = torch.tensor([sentence], device=victim.device)
     single = replace(view, round=view.round.of(1))
     if victim.task == "classification":
@@ -394,7 +394,7 @@ def _peel(view: View, sentence: list[int], rows: Rows, labelled: int, count: int
 
     def rank(i: int) -> int:
         rest = _less(view.observed.select(names), shares[i].select(names), weights[i])
-        span = attention_span(victim, rest, 1, rows.noise)
+        span = attention_span(victim, rest, 1, rows.noise, whole.observed)
         return 0 if span is None else span.rank
 
     ranks = [rank(i) for i in range(len(shares))] if len(shares) > 1 else [0]

@@ -1,0 +1,44 @@
+"""Taking sentences out of an update one after another, and the search for the next one in the rest."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from text_rounds import tiny_victim, tokens_of, view_of
+from torch import Tensor
+
+from leakaudit.attacks.assembly import _peel
+from leakaudit.attacks.rows import read_rows
+from leakaudit.attacks.spans import attention_span
+from leakaudit.models.spaces import NO_TOKEN
+
+
+def plain(row: Tensor) -> list[int]:
+    return [int(token) for token in row if token != NO_TOKEN]
+
+
+@pytest.mark.parametrize("labels", list(itertools.product((0, 1), repeat=3)))
+def test_peeling_leaves_the_spans_of_the_rest_and_then_nothing(labels: tuple[int, ...]) -> None:
+    """Whatever the labels, in whatever order the sentences are found: the rounding of the whole update, that its
+    rest still holds, spans nothing."""
+    victim = tiny_victim("bert", "classification")
+    x = tokens_of(victim, 3, 4, 7)
+    view = view_of(victim, x, torch.tensor(labels))
+    left = [plain(row) for row in x]
+    rest = view
+    for place in (1, 0, 0):
+        rows = read_rows(rest)
+        assert rows is not None
+        sentence = left.pop(place)
+        rest = _peel(rest, sentence, rows, 0, view).rest
+        span = attention_span(victim, rest.observed, 1, whole=view.observed)
+        assert span is not None
+        assert span.rank == sum(len(other) for other in left)
+        if left:
+            away = span.distance(victim.attention_inputs(torch.tensor([sentence]), 1))
+            assert away.median() > 0.05
+            for other in left:
+                assert span.distance(victim.attention_inputs(torch.tensor([other]), 1)).max() < 1e-3
+    assert rest.observed.norm() < 1e-5 * view.observed.norm()
