@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from leakaudit.attacks.attention_rows import joint_rows
 from leakaudit.attacks.base import Monitor
 from leakaudit.attacks.rows import Rows, language, read_rows
 from leakaudit.attacks.scans import scan
@@ -35,8 +36,11 @@ FOUND = 1e-4
 SLACK = 30.0
 """Distances of true candidates are alike within this factor."""
 FEW_KICKS, KICKS = 3, 24
-"""Times a sentence that does not pass is shaken and descends again, before and after trying other lengths."""
+"""Times a sentence that does not pass is shaken and descends again in a row, and at most for every length."""
 ROUNDS = 10
+"""Times as often where a deadline ends it."""
+TIRED = 0.1
+"""What every time adds to the distance of the sentence that is shaken, when the next one is chosen."""
 MOST_LENGTHS = 8
 DOUBTFUL = 0.5
 """Distance of a place, over the mean, from which on it is looked at a second time."""
@@ -61,21 +65,27 @@ class Candidates:
         limit: distance from a span up to which a candidate passes.
         prior: (L, n) how much the rows speak for each place; minus infinity where excluded.
         affinity: (n, n) likeness of the tokens' gradients, high within a sentence.
+        ending: (n,) their likeness to the last position's, which is of one sentence alone.
     """
 
     tokens: Tensor
     limit: float
     prior: Tensor
     affinity: Tensor
+    ending: Tensor
 
 
-def candidates(victim: LanguageVictim, rows: Rows, span: Span) -> Candidates:
+def candidates(victim: LanguageVictim, rows: Rows, span: Span, update: Update) -> Candidates:
     """What the first layer's span and the rows leave of (position, token) pairs."""
     distance = scan(victim, span, rows.tokens, rows.length)
     limit = accepted(distance.amin(dim=1).median().item(), span)
-    prior = torch.linalg.lstsq(rows.word.T, rows.position.T, driver="gelsd").solution.T
-    unit = F.normalize(rows.word, dim=1)
-    return Candidates(rows.tokens, limit, prior.masked_fill(distance > limit, -torch.inf), unit @ unit.T)
+    words, places = joint_rows(victim, rows, update)
+    prior = torch.linalg.lstsq(words.T, places.T, driver="gelsd").solution.T
+    unit = F.normalize(words, dim=1)
+    ending = unit @ F.normalize(places[-1], dim=0)
+    return Candidates(
+        rows.tokens, limit, prior.masked_fill(distance > limit, -torch.inf), unit @ unit.T, ending
+    )
 
 
 def accepted(typical: float, span: Span) -> float:
@@ -170,7 +180,7 @@ def assemble(view: View, rows: Rows, generator: torch.Generator, monitor: Monito
     rest, current = view, rows
     count = view.round.num_examples
     while len(found) < count and current.length and len(current.tokens):
-        search = _Search.of(rest, current, generator)
+        search = _Search.of(rest, current, generator, view.observed)
         if search is None:
             break
         (sentence, distance), *others = search.any_length(found, monitor)
@@ -179,7 +189,7 @@ def assemble(view: View, rows: Rows, generator: torch.Generator, monitor: Monito
             break
         if sentence in found:  # its share was not taken out as it should have been
             break
-        peeled = _peel(rest, sentence, current, len(rows.outputs), count)
+        peeled = _peel(rest, sentence, current, len(rows.outputs), view)
         found += [sentence] * min(peeled.copies, count - len(found))
         if monitor.late:
             break
@@ -212,13 +222,13 @@ class _Search:
     count: int
 
     @classmethod
-    def of(cls, view: View, rows: Rows, generator: torch.Generator) -> _Search | None:
-        """None where a layer's span excludes nothing."""
+    def of(cls, view: View, rows: Rows, generator: torch.Generator, whole: Update) -> _Search | None:
+        """None where a layer's span excludes nothing; `whole` is what the client shared."""
         victim = language(view)
-        first, second = (attention_span(victim, view.observed, layer, rows.noise) for layer in (0, 1))
+        first, second = (attention_span(victim, view.observed, layer, rows.noise, whole) for layer in (0, 1))
         if first is None or second is None or not first.tests or not second.tests:
             return None
-        known = candidates(victim, rows, first)
+        known = candidates(victim, rows, first, view.observed)
         if not bool(known.prior.isfinite().any(dim=1).all()):
             return None
         return cls(_Climb(victim, known, second), known, rows, generator, view.round.num_examples)
@@ -226,18 +236,25 @@ class _Search:
     def any_length(self, found: list[list[int]], monitor: Monitor) -> list[tuple[list[int], float]]:
         """Sentences and their mean distances, one a length that was tried, the nearest first.
 
-        The longest, whose end is known, gets one try; then all get a few kicks, the short and cheap ones
-        first, before they get many, again and again where a deadline ends it; the first that passes ends
-        the search.
+        The longest, whose end is known, comes first, then the short and cheap ones; then the length whose sentence
+        is nearest is shaken a few times, each time counting as if it were farther away, until one passes.
         """
         longest, *others = self._lengths()
-        lengths = [*sorted(others), longest]
-        rounds = [FEW_KICKS, *[KICKS] * (ROUNDS if monitor.limited else 1)]
-        tries = [(longest, 0), *((n, kicks) for kicks in rounds for n in lengths)]
+        lengths = [longest, *sorted(others)]
+        most = (1 if not monitor.limited else ROUNDS) * KICKS * len(lengths)
         best: dict[int, tuple[Tensor, Tensor]] = {}
-        for length, kicks in tries:
-            best[length] = self._of_length(length, kicks, best.get(length))
-            chosen, here = best[length]
+        shaken = dict.fromkeys(lengths, 0)
+        while len(best) < len(lengths) or sum(shaken.values()) < most:
+            if len(best) < len(lengths):
+                length = lengths[len(best)]
+                best[length] = self._begun(length)
+                self._resize(best, list(best))
+            else:
+                length = min(lengths, key=lambda n: float(best[n][1].mean()) * (1 + TIRED * shaken[n]))
+                best[length] = self._shaken(*best[length], fresh=shaken[length] == 0)
+                shaken[length] += FEW_KICKS
+                self._resize(best, [length])
+            chosen, here = min(best.values(), key=lambda sentence: float(sentence[1].mean()))
             guess = self.known.tokens[chosen].tolist()
             late = monitor.step(float(here.mean()), *_shown(self.climb.victim, [*found, guess], self.count))
             if here.mean() < self.known.limit or late:
@@ -263,30 +280,49 @@ class _Search:
         end = None if tokenizer is None else tokenizer.sep_token_id
         return self.known.tokens == (NO_TOKEN if end is None else end)
 
-    def _of_length(
-        self, length: int, kicks: int, before: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor]:
-        """The best sentence of a length (indices) and its distances, going on from an earlier one."""
-        prior = self.known.prior[:length]
-        if length == self.rows.length:  # the last position's row is that of this sentence alone
-            words = F.normalize(self.rows.word, dim=1)
-            prior = prior + words @ F.normalize(self.rows.position[-1], dim=0)
-        if bool(self._end.any()) and bool(prior[-1, self._end].isfinite()):
-            prior = prior.clone()
-            prior[-1, ~self._end] = -torch.inf
-        climb = replace(self.climb, known=replace(self.known, prior=prior))
-        chosen, here = before or climb(_suggest(prior, self.known.affinity, kinship=0.0), CHOICES)
-        for kick in range(kicks):
+    def _begun(self, length: int) -> tuple[Tensor, Tensor]:
+        """The sentence of a length (indices) that the rows suggest, after a descent, and its distances."""
+        climb = self._climb(length)
+        return climb(_suggest(climb.known.prior, self.known.affinity, kinship=0.0), CHOICES)
+
+    def _shaken(self, chosen: Tensor, here: Tensor, fresh: bool) -> tuple[Tensor, Tensor]:
+        """The best of a sentence and what a few kicks make of it, the first of a `fresh` one being another start."""
+        climb = self._climb(len(chosen))
+        for kick in range(FEW_KICKS):
             if here.mean() < self.known.limit:
                 break
-            if kick == 0 and before is None:
-                tried = _suggest(prior, self.known.affinity, kinship=2.0)
+            if fresh and kick == 0:
+                tried = _suggest(climb.known.prior, self.known.affinity, kinship=2.0)
             else:
                 tried = climb.kicked(chosen, here, self.generator)
             tried, there = climb(tried, len(self.known.tokens) if kick % 4 == 1 else CHOICES)
             if there.mean() < here.mean():
                 chosen, here = tried, there
         return chosen, here
+
+    def _climb(self, length: int) -> _Climb:
+        return replace(self.climb, known=replace(self.known, prior=self._prior(length)))
+
+    def _prior(self, length: int) -> Tensor:
+        """(length, n) how much speaks for each token at each place of a sentence of so many."""
+        prior = self.known.prior[:length]
+        if length == self.rows.length:  # the last position's row is that of this sentence alone
+            prior = prior + self.known.ending
+        if bool(self._end.any()) and bool(prior[-1, self._end].isfinite()):
+            prior = prior.clone()
+            prior[-1, ~self._end] = -torch.inf
+        return prior
+
+    def _resize(self, best: dict[int, tuple[Tensor, Tensor]], lengths: list[int]) -> None:
+        """Replace the best sentences of other lengths by those of `lengths` cut or drawn out, and the descents from
+        there, where these are nearer: a descent often ends at a true sentence but for its length."""
+        for length in lengths:
+            chosen, _ = best[length]
+            for other in best:
+                climb, kept = self._climb(other), min(length, other) - 1
+                tried = torch.cat([chosen[:kept], climb.known.prior.argmax(dim=1)[kept:]])
+                if other != length and climb.distances(tried[None]).mean() < best[other][1].mean():
+                    best[other] = climb(tried, CHOICES)
 
 
 def _suggest(prior: Tensor, affinity: Tensor, kinship: float) -> Tensor:
@@ -369,15 +405,15 @@ class _Peeled:
     copies: int
 
 
-def _peel(view: View, sentence: list[int], rows: Rows, labelled: int, count: int) -> _Peeled:
-    """Take a sentence's share out of the update, its label being the one that leaves the lowest rank in the
-    second layer (a wrong one leaves what the sentence spans), then the shortest update.
+def _peel(view: View, sentence: list[int], rows: Rows, labelled: int, whole: View) -> _Peeled:
+    """Take a sentence's share out of what is left of the update, its label being the one that leaves the lowest
+    rank in the second layer (a wrong one leaves what the sentence spans), then the shortest update.
 
     Args:
         labelled: labelled places of the whole batch, in masked language models.
-        count: sentences of the whole batch.
+        whole: the view of the whole batch.
     """
-    victim = language(view)
+    victim, count = language(view), whole.round.num_examples
     x = torch.tensor([sentence], device=victim.device)
     single = replace(view, round=view.round.of(1))
     if victim.task == "classification":
@@ -394,7 +430,7 @@ def _peel(view: View, sentence: list[int], rows: Rows, labelled: int, count: int
 
     def rank(i: int) -> int:
         rest = _less(view.observed.select(names), shares[i].select(names), weights[i])
-        span = attention_span(victim, rest, 1, rows.noise)
+        span = attention_span(victim, rest, 1, rows.noise, whole.observed)
         return 0 if span is None else span.rank
 
     ranks = [rank(i) for i in range(len(shares))] if len(shares) > 1 else [0]

@@ -41,7 +41,7 @@ def scan(victim: LanguageVictim, span: Span, tokens: Tensor, positions: int) -> 
     Without absolute positions one row serves all.
     """
     count = positions if victim.position is not None else 1
-    form = _additive(victim, tokens, count) if count > 1 and count * len(tokens) > FEW else None
+    form = additive(victim, tokens, count) if count > 1 and count * len(tokens) > FEW else None
     if form is None:
         return every_pair(victim, span, tokens, count).expand(positions, -1)
     distance = form.distance(victim, span, tokens)
@@ -62,7 +62,7 @@ def every_pair(victim: LanguageVictim, span: Span, tokens: Tensor, count: int) -
 
 
 @dataclass(frozen=True)
-class _Additive:
+class Additive:
     """LN(u_t + v_i): the norm, and v_i - v_0 for every position, (L, H) float64; u_t + v_0 is what a sentence of
     one token gives.
 
@@ -83,6 +83,11 @@ class _Additive:
         centred = sums - sums.mean(dim=-1, keepdim=True)
         deviation = (centred.square().mean(dim=-1, keepdim=True) + self.norm.eps).sqrt()
         return self.gain * centred / deviation + self.shift
+
+    def directions(self, victim: LanguageVictim, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """What tokens (n, H) and positions (L, H) add to an input of attention, up to its deviation and `shift`; the
+        first position is part of the tokens."""
+        return _centred(self._alone(victim, tokens)) * self.gain, _centred(self.places) * self.gain
 
     def distance(self, victim: LanguageVictim, span: Span, tokens: Tensor) -> Tensor:
         """(L, n) distances of all pairs, in the victim's precision."""
@@ -133,7 +138,7 @@ def _lengths(words: Tensor, places: Tensor, shift: Tensor, spread: Tensor) -> Te
     return (_squares(words, places) * spread + 2 * along) * spread + shift.square().sum()
 
 
-def _additive(victim: LanguageVictim, tokens: Tensor, count: int) -> _Additive | None:
+def additive(victim: LanguageVictim, tokens: Tensor, count: int) -> Additive | None:
     """The form of this model, or None where it has another."""
     spread = torch.linspace(0, len(tokens) - 1, PROBES * count, device=tokens.device).long()
     probes = tokens[spread].view(PROBES, count)
@@ -149,7 +154,7 @@ def _additive(victim: LanguageVictim, tokens: Tensor, count: int) -> _Additive |
     gain = params[f"{name}.weight"].detach().double() if norm.weight is not None else ones
     shift = params[f"{name}.bias"].detach().double() if norm.bias is not None else 0 * ones
     here = victim.inputs_of(norm, probes[:1, :1].expand(1, count))[0].double()
-    form = _Additive(norm, gain, shift, here - here[0])
+    form = Additive(norm, gain, shift, here - here[0])
     seen = victim.attention_inputs(probes, 0).double()
     error = (form.inputs(victim, probes) - seen).norm(dim=-1)
     limit = ALIKE * torch.finfo(victim.dtype).eps

@@ -74,14 +74,23 @@ class Span:
         return torch.stack([test.distance(inputs) for test in self.tests]).amax(dim=0)
 
 
-def attention_span(victim: LanguageVictim, update: Update, layer: int, noise: float = 0.0) -> Span | None:
-    """The span of what enters block `layer`; None where nothing of it was shared."""
+def attention_span(
+    victim: LanguageVictim, update: Update, layer: int, noise: float = 0.0, whole: Update | None = None
+) -> Span | None:
+    """The span of what enters block `layer`; None where nothing of it was shared.
+
+    Args:
+        whole: what the client shared, where `update` is what is left of it: it holds the rounding of the larger
+            numbers that were taken out.
+    """
     kinds = list(gradients(victim, update, layer))
     if not kinds:
         return None
+    edges = [edge_of(matrix, noise) for matrix, _ in gradients(victim, whole or update, layer)]
+    floor = max(edges) if len(edges) != len(kinds) else 0.0  # a factor of an adapter that is all gone
     tests, rank, width, tolerance = [], 0, 0, 0.0
-    for matrix, mapping in kinds:
-        basis, loose = _row_space(matrix, noise)
+    for i, (matrix, mapping) in enumerate(kinds):
+        basis, loose = _row_space(matrix, floor or edges[i])
         room = min(matrix.shape)
         rank, width = max(rank, len(basis)), max(width, room)
         if 0 < len(basis) < room:  # a span that fills its room may hold part of the inputs only
@@ -110,13 +119,13 @@ def gradients(victim: LanguageVictim, update: Update, layer: int) -> Iterator[tu
             yield torch.cat(stack), None
 
 
-def _row_space(matrix: Tensor, noise: float) -> tuple[Tensor, float]:
-    """Orthonormal rows above the noise, and the distance that the noise may add to a true row.
+def _row_space(matrix: Tensor, edge: float) -> tuple[Tensor, float]:
+    """Orthonormal rows whose singular values exceed those of noise, `edge`, and the distance that it may add to a
+    true row.
 
     Where every singular value lies above the known noise and the lower half is flat, as noise or quantisation
     of unknown size makes it, the threshold follows the median (Gavish and Donoho 2014, equation 11).
     """
-    edge = edge_of(matrix, noise)
     short = torch.linalg.qr(matrix, mode="r").R if matrix.shape[0] > matrix.shape[1] else matrix
     _, sizes, rows = torch.linalg.svd(short, full_matrices=False)
     if len(sizes) >= MANY and float(sizes[-1]) > max(edge, FLAT * float(sizes.median())):

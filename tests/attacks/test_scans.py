@@ -13,7 +13,7 @@ from torch import Tensor
 
 from leakaudit.attacks import scans
 from leakaudit.attacks.base import Monitor
-from leakaudit.attacks.scans import _additive, every_pair, scan
+from leakaudit.attacks.scans import additive, every_pair, scan
 from leakaudit.attacks.spans import Span, attention_span
 from leakaudit.attacks.text_recovery import SpanCheck
 from leakaudit.bundled import TinyModel
@@ -68,20 +68,20 @@ def test_every_family_is_scanned_as_its_pairs_are(family: str) -> None:
 def test_the_form_is_seen_where_it_is(family: str) -> None:
     """ELECTRA's small embeddings are projected after their norm."""
     victim = exact(family)
-    assert (_additive(victim, vocabulary(victim), POSITIONS) is not None) == (family in NORM_OF_A_SUM)
+    assert (additive(victim, vocabulary(victim), POSITIONS) is not None) == (family in NORM_OF_A_SUM)
 
 
 def test_another_form_under_a_known_name_is_seen_too() -> None:
     """Positions that stretch words instead of only being added to them."""
     victim = exact("bert")
     tokens = vocabulary(victim)
-    assert _additive(victim, tokens, POSITIONS) is not None
+    assert additive(victim, tokens, POSITIONS) is not None
 
     def stretch(_: torch.nn.Module, inputs: tuple[Tensor]) -> Tensor:
         return inputs[0] * (1 + 0.01 * torch.arange(inputs[0].shape[1])[:, None])
 
     victim.module.get_submodule("bert.embeddings.LayerNorm").register_forward_pre_hook(stretch)  # type: ignore[arg-type]
-    assert _additive(victim, tokens, POSITIONS) is None
+    assert additive(victim, tokens, POSITIONS) is None
 
 
 @pytest.mark.usefixtures("always")
@@ -126,7 +126,7 @@ def test_few_pairs_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: object) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(scans, "_additive", never)
+    monkeypatch.setattr(scans, "additive", never)
     victim = small_victim("bert", "classification")
     span = span_of(victim, random_sentences(POSITIONS))
     assert scan(victim, span, vocabulary(victim), POSITIONS).shape == (POSITIONS, victim.space.vocabulary)
