@@ -1,4 +1,4 @@
-"""The arithmetic of an audit on a GPU: float32 that is float32, and the same in every run.
+"""The arithmetic of an audit on a GPU: float32 that is float32, and what only the CPU can solve.
 
 PyTorch lets cuDNN round what convolutions read to TF32, 10 bits of mantissa, unless told otherwise: the simulated
 gradient would then miss the shared one by 1e-3, an exact attack would not find its solution, and what is provably in
@@ -11,9 +11,10 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 
 @contextmanager
@@ -45,3 +46,14 @@ def faithful(device: torch.device) -> Iterator[None]:
             torch.set_float32_matmul_precision(precision)
             torch.use_deterministic_algorithms(chosen, warn_only=warn_only)
             memory.fill_uninitialized_memory = filled
+
+
+def least_squares(
+    a: Tensor, b: Tensor, driver: Literal["gelsy", "gelsd"] = "gelsy", rcond: float | None = None
+) -> Tensor:
+    """The shortest X that minimises |a X - b|: (m, n) and (m, k) -> (n, k), by way of the CPU.
+
+    On CUDA `torch.linalg.lstsq` takes matrices of full rank only.  For `driver` and `rcond` see there.
+    """
+    solution: Tensor = torch.linalg.lstsq(a.cpu(), b.cpu(), rcond=rcond, driver=driver).solution
+    return solution.to(a.device)

@@ -600,6 +600,8 @@ def refusals(device: torch.device) -> dict[str, Callable[[], Any]]:
         "numbers of the device for the CPU": lambda: here * there.sum(),
         "numpy": lambda: there.numpy(),
         "scipy": lambda: linear_sum_assignment(there),
+        "histograms": lambda: torch.histogram(there, 4),
+        "matrices that lack rank": lambda: torch.linalg.lstsq(there, there),
         "a generator of the CPU": lambda: torch.randn(3, generator=torch.Generator(), device=device),
         "a generator of the device": lambda: torch.randn(3, generator=torch.Generator(device)),
         "a generator of the CPU in place": lambda: there.normal_(generator=torch.Generator()),
@@ -610,7 +612,7 @@ def refused(attempt: Callable[[], Any]) -> str:
     """What is wrong: it was not refused."""
     try:
         attempt()
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError):  # the former includes NotImplementedError
         return ""
     return "the device let it pass"
 

@@ -1,9 +1,10 @@
 """A pretended accelerator, "sim:0", whose arithmetic is the CPU's: it finds what only breaks off the CPU.
 
-`install()` registers it for the whole process and for good, so that no other test may share this process.  As CUDA
+`installed()` registers it for the whole process and for good, so that no other test may share this process.  As CUDA
 does, it refuses tensors of two devices in one operation (a CPU number may join pointwise ones, CPU indices may index),
-generators of another device, and `.numpy()`.  Its tensors are plain `torch.Tensor`s on PyTorch's key for backends from
-outside, "PrivateUse1": autograd, double backward, vmap and make_fx run above it as they do above CUDA.
+generators of another device, `.numpy()`, and operations that CUDA has no kernel for.  Its tensors are plain
+`torch.Tensor`s on PyTorch's key for backends from outside, "PrivateUse1": autograd, double backward, vmap and make_fx
+run above it as they do above CUDA.
 
 Its memory is the host's, lent through DLPack, so that views share memory as they should.  Every operation with a kernel
 of its own gets one here: the arguments as CPU tensors on the same memory, the CPU's operation, the results lent back.
@@ -118,6 +119,29 @@ def _zeros(size: Any, **options: Any) -> Tensor:
 
 
 PLAIN = {"_efficientzerotensor": _zeros}
+
+
+RANK_DEFICIENT = {"linalg_lstsq"}
+"""CUDA takes matrices of full rank only, as the CPU does not by default."""
+
+
+def _lacks(name: str) -> bool:
+    """Whether CUDA can do less than the CPU; all that a PyTorch without CUDA's kernels knows is the list above."""
+    built = _has_kernel("aten::add.Tensor", "CUDA")
+    mine = _has_kernel(name, "CPU") and not any(
+        _has_kernel(name, key) for key in ("CUDA", "CompositeExplicitAutograd", "CompositeImplicitAutograd")
+    )
+    return (built and mine) or name.removeprefix("aten::").partition(".")[0] in RANK_DEFICIENT
+
+
+class Refusal:
+    """In place of an operation that CUDA lacks."""
+
+    def __init__(self, op: torch._ops.OpOverload) -> None:
+        self._op = op
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        raise NotImplementedError(f"CUDA cannot do all of what the CPU does in {self._op}")
 
 
 def _is_geometry(op: torch._ops.OpOverload) -> bool:
@@ -263,7 +287,9 @@ def installed() -> Iterator[torch.device]:
         op = getattr(getattr(torch.ops.aten, base), overload or "default", None)
         if op is None or (_is_geometry(op) and _has_kernel(name, "CompositeExplicitAutograd")):
             continue
-        kernel = PLAIN.get(base) or (_view(op) if _is_view(op) else Kernel(op))
+        kernel = PLAIN.get(base) or (
+            _view(op) if _is_view(op) else Refusal(op) if _lacks(name) else Kernel(op)
+        )
         library.impl(op, kernel, "PrivateUse1")
     torch.nn.Module._apply = _apply  # type: ignore[method-assign]
     torch.Generator = Generator  # type: ignore[misc]

@@ -28,6 +28,7 @@ LAYERS = (
         "inference_results",
         "scenario",
         "randomness",
+        "numerics",
         "plugins",
     ),
     ("update",),

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from leakaudit.numerics import faithful
+from leakaudit.numerics import faithful, least_squares
 
 
 def settings() -> dict[str, object]:
@@ -68,3 +68,12 @@ def test_a_convolution_on_a_gpu_agrees_with_float64():
     with faithful(x.device):
         found = torch.nn.functional.conv2d(x, weight)
     assert ((found - exact).norm() / exact.norm()).item() < 1e-6
+
+
+@pytest.mark.parametrize("driver", ["gelsy", "gelsd"])
+def test_least_squares_of_deficient_rank_gives_the_shortest_solution(driver):
+    generator = torch.Generator().manual_seed(0)
+    thin = torch.randn(6, 3, generator=generator, dtype=torch.float64)
+    a = torch.cat([thin, thin.sum(dim=1, keepdim=True)], dim=1)
+    b = torch.randn(6, 2, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(least_squares(a, b, driver), torch.linalg.pinv(a, rtol=1e-12) @ b)

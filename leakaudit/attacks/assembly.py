@@ -28,6 +28,7 @@ from leakaudit.attacks.spans import Span, attention_span
 from leakaudit.attacks.token_labels import complete_labels
 from leakaudit.models.language import IGNORED, LanguageVictim, text_as_labels
 from leakaudit.models.spaces import NO_TOKEN, stack_sentences
+from leakaudit.numerics import least_squares
 from leakaudit.threat import View
 from leakaudit.update import Update
 
@@ -80,7 +81,7 @@ def candidates(victim: LanguageVictim, rows: Rows, span: Span, update: Update) -
     distance = scan(victim, span, rows.tokens, rows.length)
     limit = accepted(distance.amin(dim=1).median().item(), span)
     words, places = joint_rows(victim, rows, update)
-    prior = torch.linalg.lstsq(words.T, places.T, driver="gelsd").solution.T
+    prior = least_squares(words.T, places.T, "gelsd").T
     unit = F.normalize(words, dim=1)
     ending = unit @ F.normalize(places[-1], dim=0)
     return Candidates(

@@ -22,6 +22,7 @@ from leakaudit.attacks.scans import additive
 from leakaudit.models.architectures import is_conv1d
 from leakaudit.models.language import LanguageVictim
 from leakaudit.models.lora import LoraLinear
+from leakaudit.numerics import least_squares
 from leakaudit.update import Update
 
 UNEXPLAINED = 1e-3
@@ -60,7 +61,7 @@ def attention_rows(
     for name, module in layer:
         weight, bias = update[f"{name}.weight"].double(), update[f"{name}.bias"].double()
         whole = (weight if is_conv1d(module) else weight.T) - torch.outer(form.shift, bias)
-        fit = torch.linalg.lstsq(nodes.T, whole).solution
+        fit = least_squares(nodes.T, whole)
         if bool((nodes.T @ fit - whole).norm() > UNEXPLAINED * whole.norm()):
             return []
         of_words, of_places = fit[: len(tokens)], fit[len(tokens) :]

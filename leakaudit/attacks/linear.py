@@ -23,10 +23,13 @@ from leakaudit.attacks.disturbance import errors_of
 from leakaudit.attacks.head import effective_rank, exact, storage_precision
 from leakaudit.attacks.labels import match_labels
 from leakaudit.models.victim import Victim
+from leakaudit.numerics import least_squares
 from leakaudit.threat import View
 
 SLACK = 0.01
 VERIFIED = 1e-3
+INDEPENDENT = 1e-7
+"""Least singular value of the position rows, over the largest, that counts."""
 CHUNK = 10_000
 
 
@@ -179,8 +182,8 @@ class PatchEmbeddingInverse:
         assert patches is not None
         weight = exact(view.observed[patches.weight])
         tokens = _token_rows(exact(view.observed[patches.position]), weight.shape[0])[patches.rows]
-        solution = torch.linalg.lstsq(tokens.T, weight.flatten(1), rcond=1e-7, driver="gelsd")
-        x = _assemble(solution.solution, weight.shape[1:], patches.grid, view.victim.space.shape)
+        solution = least_squares(tokens.T, weight.flatten(1), "gelsd", rcond=INDEPENDENT)
+        x = _assemble(solution, weight.shape[1:], patches.grid, view.victim.space.shape)
         x = x.to(view.victim.device, view.victim.dtype)
         y, source = match_labels(view, x, generator)
         monitor.start(1)
@@ -190,7 +193,7 @@ class PatchEmbeddingInverse:
             details={
                 "closed_form": "patches from the position embedding",
                 "patches": len(tokens),
-                "rank": int(solution.rank),
+                "rank": int((values > INDEPENDENT * values[0]).sum()),
                 "condition": float(values[0] / values[-1].clamp(min=1e-300)),
                 "labels": source,
             }
@@ -443,7 +446,7 @@ class _ZeroSearch:
 def _unmix(mixing: Tensor, left: Tensor, right: Tensor, divisors: Tensor) -> Tensor:
     """Examples (N, D) from rows = (left Q)(Q^-1 right), scaled so that the columns of left Q add up to db."""
     columns = left @ mixing
-    scales = torch.linalg.lstsq(columns, divisors[:, None]).solution
+    scales = least_squares(columns, divisors[:, None])
     examples: Tensor = torch.linalg.solve(mixing, right) / torch.where(scales == 0, 1.0, scales)
     return examples
 

@@ -24,6 +24,7 @@ from scipy.special import chdtri
 from torch import Tensor
 
 from leakaudit.models.language import LanguageVictim
+from leakaudit.numerics import least_squares
 from leakaudit.threat import View
 from leakaudit.update import BLOCK
 
@@ -323,7 +324,7 @@ def place(rows: Rows) -> Tensor:
     position = _without(rows.position, rows.outputs)
     overlap = position @ rows.word.T
     lengths = rows.word.norm(dim=1)
-    shares = torch.linalg.lstsq(position.T, rows.word.T, driver="gelsd").solution
+    shares = least_squares(position.T, rows.word.T, "gelsd")
     starts = (overlap / lengths, overlap - lengths.square() / 2, overlap, shares)
     descents = [_descend(start.argmax(dim=1), position, rows.word) for start in starts]
     chosen, _ = min(descents, key=lambda descent: descent[1])

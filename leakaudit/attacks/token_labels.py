@@ -18,6 +18,7 @@ from torch import Tensor
 from leakaudit.attacks.rows import Rows, language
 from leakaudit.models.language import IGNORED, LanguageVictim, text_as_labels
 from leakaudit.models.spaces import NO_TOKEN
+from leakaudit.numerics import least_squares
 from leakaudit.threat import View
 
 NEAR = 1e-3
@@ -99,7 +100,7 @@ def _by_sensitivity(view: View, victim: LanguageVictim, x: Tensor, y: Tensor, pl
 
 def _coefficients(gradient: Tensor, features: Tensor) -> Tensor:
     """(items, K) class vectors C with  C^T features = gradient, in least squares."""
-    return torch.linalg.lstsq(features.T, gradient.T).solution
+    return least_squares(features.T, gradient.T)
 
 
 def _assign(scores: Tensor, given: Tensor | None) -> Tensor:
