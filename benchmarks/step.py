@@ -5,7 +5,8 @@
     python benchmarks/step.py --data ... --models resnet18 --starts 16 --device cuda
 
 The attack is that of Geiping et al. 2020: cosine distance and total variation, Adam on the signed gradient,
-projection into the box; the prior's weight is breaching's.  `plain` is that loop written as the paper says, in eager
+projection into the box; the prior's weight is breaching's.  On a GPU ours and `plain` compute in float32 without TF32,
+as an audit does; breaching takes PyTorch's default.  `plain` is that loop written as the paper says, in eager
 PyTorch; `leakaudit` is the attack as the command runs it, everything counted but recording and compiling, which have a
 column of their own.  `breaching` needs an environment of its own, with `pip install breaching==0.1.2`, whose python is
 given by --breaching.
@@ -42,6 +43,7 @@ from leakaudit.attacks.optimise import Matching, of_each, value_and_gradient
 from leakaudit.data import load_batch
 from leakaudit.metrics import match, mse
 from leakaudit.models.zoo import NORMALISATIONS, load_victim
+from leakaudit.numerics import faithful
 from leakaudit.randomness import fork
 from leakaudit.rounds import Round, client_update
 from leakaudit.threat import Knowledge, View, known
@@ -62,13 +64,14 @@ class Turn:
 def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
-    matrix_rate, bandwidth = rates(options.device)
-    rows = [
-        row
-        for model in options.models
-        for batch in options.batch
-        for row in compare(model, batch, options, matrix_rate, bandwidth)
-    ]
+    with faithful(torch.device(options.device)):
+        matrix_rate, bandwidth = rates(options.device)
+        rows = [
+            row
+            for model in options.models
+            for batch in options.batch
+            for row in compare(model, batch, options, matrix_rate, bandwidth)
+        ]
     measuring.show(
         f"Cosine attack, 32x32, {options.turns} turns of {options.iterations} iterations each;"
         f" {matrix_rate / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.0f} GB/s",
