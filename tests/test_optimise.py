@@ -2,16 +2,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
 import torch
-from tiny_audits import private_batch, victim_of, view_of
+from tiny_audits import Asked, private_batch, victim_of, view_of
 from torch import Tensor
 
 from leakaudit.attacks.base import Monitor
-from leakaudit.attacks.compiling import Compiler, Function
 from leakaudit.attacks.gradient_matching import WithVariation
 from leakaudit.attacks.graphs import record
 from leakaudit.attacks.matching import cosine, squared, statistics_distance, total_variation
@@ -315,21 +313,8 @@ def test_the_stages_of_a_continuation_share_one_compiled_graph() -> None:
 
 
 def test_a_continuation_plans_for_all_of_its_stages() -> None:
-    planned: list[int] = []
-
-    class Planned(Compiler):
-        def prepare(
-            self,
-            function: Function,
-            arguments: Sequence[Tensor],
-            evaluations: int,
-            seconds_left: float | None = None,
-            compared: int | None = None,
-        ) -> Function:
-            planned.append(evaluations)
-            return function
-
-    monitor = Monitor(compiler=Planned())
+    compiler = Asked()
+    monitor = Monitor(compiler=compiler)
     objectives = [bowl_at(centre, []) for centre in (1.0, 2.0)]
     continuation(torch.zeros(1, 1, 2, 2), LABELS, objectives, monitor, iterations=5, patience=3)
-    assert planned == [2 * 5 * 20, 2 * 5 * 20]
+    assert compiler.evaluations == [2 * 5 * 20, 2 * 5 * 20]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from leakaudit.attacks.compiling import Compiler, Function
 from leakaudit.models.spaces import Pixels
 from leakaudit.models.victim import Mode, Victim
 from leakaudit.results import AuditResult
@@ -126,6 +127,25 @@ def runner(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], 
         return Ran(code if isinstance(code, int) else int(code is not None), captured.out, captured.err)
 
     return run
+
+
+class Asked(Compiler):
+    """Compiles nothing, and keeps for how many evaluations it was asked to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.evaluations: list[int] = []
+
+    def prepare(
+        self,
+        function: Function,
+        arguments: Sequence[Tensor],
+        evaluations: int,
+        seconds_left: float | None = None,
+        compared: int | None = None,
+    ) -> Function:
+        self.evaluations.append(evaluations)
+        return function
 
 
 TIMES = ("created", "seconds", "compiling", "command")

@@ -319,10 +319,10 @@ class _Search:
         there, where these are nearer: a descent often ends at a true sentence but for its length."""
         for length in lengths:
             chosen, _ = best[length]
-            for other in best:
+            for other in [n for n in best if n != length]:
                 climb, kept = self._climb(other), min(length, other) - 1
                 tried = torch.cat([chosen[:kept], climb.known.prior.argmax(dim=1)[kept:]])
-                if other != length and climb.distances(tried[None]).mean() < best[other][1].mean():
+                if climb.distances(tried[None]).mean() < best[other][1].mean():
                     best[other] = climb(tried, CHOICES)
 
 

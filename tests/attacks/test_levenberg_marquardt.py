@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_audits import Asked
 from torch import Tensor
 
 from leakaudit import spec
 from leakaudit.attacks.base import Monitor
-from leakaudit.attacks.compiling import Compiler, Function
 from leakaudit.attacks.jacobian import System
 from leakaudit.attacks.levenberg_marquardt import (
     LevenbergMarquardt,
@@ -215,20 +215,11 @@ def test_warm_start_runs_after_a_stall() -> None:
     assert found.iterations > 6
 
 
-def test_the_warm_start_is_compiled_where_the_audit_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_warm_start_is_compiled_where_the_audit_compiles() -> None:
     view, _, _ = capture(Round(1), activation="relu")
-    asked: list[tuple[Compiler, int]] = []
-
-    def prepare(
-        self: Compiler, function: Function, arguments: Any, evaluations: int, *_: Any, **__: Any
-    ) -> Function:
-        asked.append((self, evaluations))
-        return function
-
-    monkeypatch.setattr(Compiler, "prepare", prepare)
-    compiler = Compiler("auto")
+    compiler = Asked()
     replace(ATTACK, warm_start=30, iterations=5).run(view, fork(0, "attack"), Monitor(compiler=compiler))
-    assert (compiler, 30) in asked
+    assert 30 in compiler.evaluations
 
 
 def test_applies_reasons_with_figures() -> None:
